@@ -1,0 +1,1 @@
+"""Fast operations beside their torch references: plain torch, no ComfyUI."""

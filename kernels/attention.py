@@ -1,0 +1,104 @@
+"""Softmax attention with grouped key/value heads, over the whole sequence or over a window of frames.
+
+Letters: B batch, N query heads, K key/value heads, S tokens, H head size. Query head n reads key/value head n // (N/K).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class FrameWindow:
+    """Which keys a video token sees: its own frame, `radius` frames on each side, and all tokens after the video.
+
+    The first `frames * tokens_per_frame` tokens are the video; all other tokens see everything.
+    """
+
+    frames: int
+    tokens_per_frame: int
+    radius: int
+
+    @property
+    def covers_all(self) -> bool:
+        return self.radius >= self.frames - 1
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, FrameWindow | None], Tensor]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None) -> Tensor:
+    """Return softmax(q k^T / sqrt(H)) v: `q` [B, N, S, H], `k` and `v` [B, K, S, H] -> [B, N, S, H].
+
+    Uses PyTorch's fused attention; windows are taken frame by frame, without a mask of S x S.
+    """
+    if window is not None and not window.covers_all:
+        return windowed_by_merging(q, k, v, window) if q.device.type == "cpu" else windowed_by_joining(q, k, v, window)
+    if q.device.type == "cpu":
+        # PyTorch's CPU kernel rounds the softmax weights to the dtype of the input. In bfloat16 that alone moves the
+        # velocity as far as all other roundings together, and the recorded runs do not have it.
+        return _fused(q.float(), k.float(), v.float()).to(q.dtype)
+    return _fused(q, k, v)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _near(window: FrameWindow, frame: int) -> slice:
+    """The video tokens that the tokens of `frame` see."""
+    first, last = max(0, frame - window.radius), min(window.frames, frame + window.radius + 1)
+    return slice(first * window.tokens_per_frame, last * window.tokens_per_frame)
+
+
+def windowed_by_joining(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow) -> Tensor:
+    """Windowed attention on any device: every frame attends to its keys copied into one piece."""
+    size, video = window.tokens_per_frame, window.frames * window.tokens_per_frame
+    pieces = []
+    for frame in range(window.frames):
+        near = _near(window, frame)
+        keys = torch.cat((k[:, :, near], k[:, :, video:]), dim=2)
+        values = torch.cat((v[:, :, near], v[:, :, video:]), dim=2)
+        pieces.append(_fused(q[:, :, frame * size : (frame + 1) * size], keys, values))
+    pieces.append(_fused(q[:, :, video:], k, v))
+    return torch.cat(pieces, dim=2)
+
+
+def windowed_by_merging(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow) -> Tensor:
+    """Windowed attention on a CPU: the near frames and the tokens after the video separately, merged by their sums.
+
+    Both parts are rounded to the dtype of the input before they are merged, as in the recorded runs.
+    """
+    dtype, size, video = q.dtype, window.tokens_per_frame, window.frames * window.tokens_per_frame
+    q, k, v = q.float(), k.float(), v.float()
+    near = [
+        _with_log_sum(q[:, :, frame * size : (frame + 1) * size], k[:, :, keys], v[:, :, keys])
+        for frame, keys in ((frame, _near(window, frame)) for frame in range(window.frames))
+    ]
+    near_out, near_log_sum = (torch.cat(parts, dim=2) for parts in zip(*near, strict=True))
+    after_out, after_log_sum = _with_log_sum(q[:, :, :video], k[:, :, video:], v[:, :, video:])
+    share = torch.sigmoid(after_log_sum - near_log_sum).unsqueeze(-1)
+    merged = torch.lerp(near_out.to(dtype).float(), after_out.to(dtype).float(), share)
+    return torch.cat((merged, _fused(q[:, :, video:], k, v)), dim=2).to(dtype)
+
+
+def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    # attention and the logarithm [B, N, S] of each softmax's denominator
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None) -> Tensor:
+    """The same by its definition, with the full matrix of scores, in the dtype of the input."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if window is not None:
+        token = torch.arange(q.shape[2], device=q.device)
+        frame = token // window.tokens_per_frame
+        video = token < window.frames * window.tokens_per_frame
+        far = (frame[:, None] - frame[None, :]).abs() > window.radius
+        scores = scores.masked_fill(far & video[:, None] & video[None, :], float("-inf"))
+    return scores.softmax(dim=-1) @ v

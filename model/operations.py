@@ -1,0 +1,126 @@
+"""The leaf layers of every network. A host may pass a namespace of its own with the same names instead.
+
+Contract of every leaf: it owns `weight` and perhaps `bias`, and it computes in the dtype of its input, whatever
+dtype its weights are stored in. A network therefore states its number formats by what it hands to a leaf.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Spans = tuple[tuple[int, int], ...]  # (start, stop) of the tokens of each modality: video, audio, text
+
+
+def _cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.dtype)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, _cast(self.weight, x), _cast(self.bias, x))
+
+
+class Conv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, _cast(self.weight, x), _cast(self.bias, x))
+
+
+class Conv3d(nn.Conv3d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, _cast(self.weight, x), _cast(self.bias, x))
+
+
+class WeightNormConv1d(nn.Module):
+    """A 1-D convolution with `weight = weight_g * weight_v / ||weight_v||`, the norm over all axes but the first."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.weight_g = nn.Parameter(torch.empty(out_channels, 1, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch._weight_norm(_cast(self.weight_v, x), _cast(self.weight_g, x), 0)
+        return F.conv1d(x, weight, _cast(self.bias, x), self.stride, self.padding, self.dilation)
+
+
+class WeightNormConvTranspose1d(nn.Module):
+    """The transposed twin of `WeightNormConv1d`; the first axis of its weight is the input channel."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, padding: int = 0
+    ) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, padding
+        self.weight_g = nn.Parameter(torch.empty(in_channels, 1, 1))
+        self.weight_v = nn.Parameter(torch.empty(in_channels, out_channels, kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch._weight_norm(_cast(self.weight_v, x), _cast(self.weight_g, x), 0)
+        return F.conv_transpose1d(x, weight, _cast(self.bias, x), self.stride, self.padding)
+
+
+class Embedding(nn.Embedding):
+    """Rows of `weight`, in the dtype they are stored in."""
+
+
+class ModalityLinear(nn.Module):
+    """An unbiased linear whose weight stacks one copy per modality (video, audio, text) along its first axis.
+
+    `x` is [B, S, in_features] with the tokens of a modality in one span; the result is [B, S, out_features].
+    With one copy it is a plain linear and `spans` is not looked at.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        modalities: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.modalities = modalities
+        self.weight = nn.Parameter(torch.empty(modalities * out_features, in_features, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor, spans: Spans) -> Tensor:
+        weight = _cast(self.weight, x)
+        if self.modalities == 1:
+            return F.linear(x, weight)
+        copies = zip(spans, weight.chunk(self.modalities), strict=True)
+        return torch.cat([F.linear(x[:, start:stop], copy) for (start, stop), copy in copies], dim=1)
+
+
+class ModalityRMSNorm(nn.Module):
+    """RMS norm over the last axis with gain `1 + weight`, one stacked copy of `weight` per modality.
+
+    `x` is [B, S, ..., dim], float32; spans as in `ModalityLinear`.
+    """
+
+    eps = 1e-6
+
+    def __init__(
+        self, dim: int, modalities: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.modalities = modalities
+        self.weight = nn.Parameter(torch.empty(modalities * dim, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor, spans: Spans) -> Tensor:
+        gain = 1 + _cast(self.weight, x)
+        if self.modalities == 1:
+            return F.rms_norm(x, gain.shape, gain, self.eps)
+        copies = zip(spans, gain.chunk(self.modalities), strict=True)
+        return torch.cat([F.rms_norm(x[:, a:b], copy.shape, copy, self.eps) for (a, b), copy in copies], dim=1)

@@ -1,0 +1,35 @@
+"""Rotary positions over (time, row, column): coordinates -> angles -> rotation.
+
+Letters: B batch, S tokens, N heads, H head size, R = 3H/8 angles per token.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rope_bands(head_dim: int) -> Tensor:
+    """Return the H/8 frequencies 10000^(-b/(H/8)), float32, shared by the three axes."""
+    count = head_dim // 8
+    return 10000.0 ** (-torch.arange(count, dtype=torch.float32) / count)
+
+
+def rope_table(coordinates: Tensor, bands: Tensor) -> Tensor:
+    """Return [S, 2R]: sines then cosines, each with all time bands, then row bands, then column bands.
+
+    `coordinates` is [S, 9] as from `PackedLayout.coordinates`. Positions are scaled to the reference size,
+    rows and columns also centred.
+    """
+    position, size, reference = coordinates.float().split(3, dim=1)
+    scale = torch.where((size == 1) & (reference == 1), 1.0, (reference - 1) / (size - 1))
+    centre = (size - 1) / 2 * torch.tensor([0.0, 1.0, 1.0], device=size.device)
+    angles = ((position - centre) * scale).unsqueeze(2) * bands.float()
+    angles = angles.flatten(1)
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the first 2R of the H values of each head; `x` [B, S, N, H], `table` [S, 2R]; pairs are (i, i + R)."""
+    width = table.shape[1] // 2
+    sin, cos = table.unsqueeze(1).split(width, dim=2)  # [S, 1, R] each
+    first, second, rest = x.split((width, width, x.shape[-1] - 2 * width), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

@@ -1,0 +1,198 @@
+"""The joint transformer: noisy video and audio latents and text states in, velocities of both latents out.
+
+One sequence [video | audio | text] runs through all layers. In the first and last few, every weight holds one copy per
+modality; the others share theirs. There is no timestep input: the network sees only the noisy latents.
+
+Number formats: the residual stream, norms, embedders and heads are float32; the linears inside the blocks and the
+attention compute in `compute_dtype` (bfloat16 as published, or float32).
+
+Letters: B batch, S packed tokens, D model width, N query heads, K key/value heads, H head size.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..kernels.attention import Attention as AttentionFunction
+from ..kernels.attention import FrameWindow, attention
+from . import operations as plain_operations
+from .config import TransformerConfig
+from .packing import Latents, PackedLayout, patchify, unpatchify
+from .rope import apply_rope, rope_bands, rope_table
+
+# run_block(i, layer, x) runs layer i, a callable of the stream [B, S, D] alone, and returns its result
+RunBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
+
+
+def run_in_place(index: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:  # noqa: ARG001
+    """The `run_block` of a network whose weights are where they are needed."""
+    return layer(x)
+
+
+class JointTransformer(nn.Module):
+    """The network of all four variants; module and parameter names are those of the published checkpoints."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        operations: ModuleType = plain_operations,
+        compute_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.adapter = Adapter(config, operations)
+        self.block = Block(config, operations, compute_dtype)
+        self.final_norm_video = operations.ModalityRMSNorm(config.hidden_size, 1)
+        self.final_norm_audio = operations.ModalityRMSNorm(config.hidden_size, 1)
+        self.final_linear_video = operations.Linear(config.hidden_size, config.video_in_channels, bias=False)
+        self.final_linear_audio = operations.Linear(config.hidden_size, config.audio_in_channels, bias=False)
+
+    def forward(
+        self,
+        latents: Latents,
+        text: Tensor,
+        layout: PackedLayout,
+        attend: AttentionFunction = attention,
+        run_block: RunBlock = run_in_place,
+    ) -> Latents:
+        """Return the velocity (noise - clean) of both streams, float32, in the shapes of `latents`.
+
+        `text` is [B, L, C] without padding; `layout` is `PackedLayout.of(latents, text, config.coords_style)`.
+        """
+        x = self.adapter(latents, text)
+        rope = rope_table(layout.coordinates(x.device), self.adapter.rope.bands)
+        for index, layer in enumerate(self.block.layers):
+            x = run_block(index, partial(layer, rope=rope, layout=layout, attend=attend), x)
+        video, audio, _ = layout.spans
+        video_tokens = self.final_linear_video(self.final_norm_video(x[:, slice(*video)], layout.spans))
+        audio_tokens = self.final_linear_audio(self.final_norm_audio(x[:, slice(*audio)], layout.spans))
+        return Latents(unpatchify(video_tokens, layout), audio_tokens)
+
+
+class Adapter(nn.Module):
+    """Embeds the three modalities, and holds the frequencies of the rotary positions."""
+
+    def __init__(self, config: TransformerConfig, operations: ModuleType) -> None:
+        super().__init__()
+        self.video_embedder = operations.Linear(config.video_in_channels, config.hidden_size)
+        self.audio_embedder = operations.Linear(config.audio_in_channels, config.hidden_size)
+        self.text_embedder = operations.Linear(config.text_in_channels, config.hidden_size)
+        self.rope = Rope(config.head_dim)
+
+    def forward(self, latents: Latents, text: Tensor) -> Tensor:
+        # -> [B, S, D] float32
+        video, audio = patchify(latents.video).float(), latents.audio.float()
+        return torch.cat(
+            (self.video_embedder(video), self.audio_embedder(audio), self.text_embedder(text.float())), dim=1
+        )
+
+
+class Rope(nn.Module):
+    """The bands as a buffer: published files carry them, some rounded to bfloat16, and these values are used."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("bands", rope_bands(head_dim))
+
+
+class Block(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: TransformerConfig, operations: ModuleType, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, index, operations, compute_dtype) for index in range(config.num_layers)
+        )
+
+
+class TransformerLayer(nn.Module):
+    """Attention and feed-forward, each added to the float32 stream."""
+
+    def __init__(
+        self, config: TransformerConfig, index: int, operations: ModuleType, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.attention = Attention(config, index, operations, compute_dtype)
+        self.mlp = MLP(config, index, operations, compute_dtype)
+
+    def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout, attend: AttentionFunction) -> Tensor:
+        x = x + self.attention(x, rope, layout, attend)  # the norm in front sits inside, as in the published weights
+        return x + self.mlp(x, layout)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed and rotated q and k, and a sigmoid gate on every head's output."""
+
+    def __init__(
+        self, config: TransformerConfig, index: int, operations: ModuleType, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        width, modalities = config.hidden_size, 3 if index in config.mm_layers else 1
+        self.head_dim = config.head_dim
+        gates = config.num_heads if config.enable_attn_gating else 0
+        groups = config.num_query_groups * config.head_dim
+        self.sections = (width, groups, groups, gates)
+        self.window_radius = config.frame_receptive_field if index in config.local_attn_layers else None
+        self.compute_dtype = compute_dtype
+        self.pre_norm = operations.ModalityRMSNorm(width, modalities)
+        self.linear_qkv = operations.ModalityLinear(width, sum(self.sections), modalities)
+        self.q_norm = operations.ModalityRMSNorm(config.head_dim, modalities)
+        self.k_norm = operations.ModalityRMSNorm(config.head_dim, modalities)
+        self.linear_proj = operations.ModalityLinear(width, width, modalities)
+
+    def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout, attend: AttentionFunction) -> Tensor:
+        spans, dtype = layout.spans, self.compute_dtype
+        qkvg = self.linear_qkv(self.pre_norm(x, spans).to(dtype), spans)
+        q, k, v, gate = qkvg.split(self.sections, dim=-1)
+        q, k, v = (rearrange(t, "b s (n h) -> b s n h", h=self.head_dim) for t in (q, k, v))
+        q = apply_rope(self.q_norm(q.float(), spans), rope).to(dtype)
+        k = apply_rope(self.k_norm(k.float(), spans), rope).to(dtype)
+        q_BNSH, k_BKSH, v_BKSH = (t.transpose(1, 2) for t in (q, k, v))
+        out = attend(q_BNSH, k_BKSH, v_BKSH, self.window(layout)).transpose(1, 2)
+        if gate.shape[-1]:
+            out = (out.float() * gate.float().sigmoid().unsqueeze(-1)).to(dtype)
+        return self.linear_proj(out.flatten(2), spans)
+
+    def window(self, layout: PackedLayout) -> FrameWindow | None:
+        """The window of a local layer, None for a layer that sees everything."""
+        if self.window_radius is None:
+            return None
+        return FrameWindow(layout.frames, layout.tokens_per_frame, self.window_radius)
+
+
+class MLP(nn.Module):
+    """The feed-forward: gelu7 in the first layers, swiglu7 in the others."""
+
+    def __init__(
+        self, config: TransformerConfig, index: int, operations: ModuleType, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        width, modalities = config.hidden_size, 3 if index in config.mm_layers else 1
+        inner = config.inner_width(index)
+        gated = index not in config.gelu7_layers
+        self.activation = swiglu7 if gated else gelu7
+        self.compute_dtype = compute_dtype
+        self.pre_norm = operations.ModalityRMSNorm(width, modalities)
+        self.up_gate_proj = operations.ModalityLinear(width, 2 * inner if gated else inner, modalities)
+        self.down_proj = operations.ModalityLinear(inner, width, modalities)
+
+    def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        spans = layout.spans
+        up = self.up_gate_proj(self.pre_norm(x, spans).to(self.compute_dtype), spans)
+        return self.down_proj(self.activation(up.float()).to(self.compute_dtype), spans)
+
+
+def gelu7(u: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x) of u limited to at most 7."""
+    u = u.clamp(max=7)
+    return u * torch.sigmoid(1.702 * u)
+
+
+def swiglu7(u: Tensor) -> Tensor:
+    """gelu7 of the even entries times (1 + the odd entries limited to [-7, 7]); halves the last axis."""
+    gate, value = u[..., 0::2], u[..., 1::2]
+    return gelu7(gate) * (value.clamp(-7, 7) + 1)

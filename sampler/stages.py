@@ -1,0 +1,103 @@
+"""The two sampling stages of a film, with the published settings of each model variant."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..model.packing import Latents, PackedLayout
+from ..model.transformer import JointTransformer, RunBlock, run_in_place
+from . import super_resolution
+from .conditions import Conditions, StepCallback, VelocityFunction, no_callback
+from .dmd2 import sample_dmd2
+from .guidance import base_video_scale, guide, super_resolution_video_scale
+from .noise import NoiseFunction
+from .schedule import flow_sigmas
+from .unipc import sample_unipc
+
+Network = Callable[[Latents, Tensor], Latents]  # (latents, text states) -> velocity
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a variant is sampled: default steps, few-step sampler or UniPC, one pass or two with guidance."""
+
+    steps: int
+    few_step: bool
+    guided: bool
+    super_resolution: bool
+
+
+RECIPES = {
+    "base": Recipe(steps=32, few_step=False, guided=True, super_resolution=False),
+    "distill": Recipe(steps=8, few_step=True, guided=False, super_resolution=False),
+    "540p_sr": Recipe(steps=5, few_step=False, guided=False, super_resolution=True),
+    "1080p_sr": Recipe(steps=5, few_step=False, guided=False, super_resolution=True),
+}
+
+
+def network_of(transformer: JointTransformer, run_block: RunBlock = run_in_place) -> Network:
+    """The transformer as a function of latents and text states, the layout being worked out from them."""
+
+    def network(latents: Latents, text: Tensor) -> Latents:
+        layout = PackedLayout.of(latents, text, transformer.config.coords_style)
+        return transformer(latents, text, layout, run_block=run_block)
+
+    return network
+
+
+def velocity_function(
+    network: Network, text: Tensor, negative: Tensor | None, video_scale: Callable[[float], float | Tensor]
+) -> VelocityFunction:
+    """The velocity for one prompt: one pass, or with a `negative` prompt two passes and guidance."""
+
+    def velocity(latents: Latents, sigma: float) -> Latents:
+        conditional = network(latents, text)
+        if negative is None:
+            return conditional
+        return guide(conditional, network(latents, negative), video_scale(sigma))
+
+    return velocity
+
+
+def sample_base(
+    network: Network,
+    start: Latents,
+    text: Tensor,
+    *,
+    negative: Tensor | None,
+    few_step: bool,
+    steps: int,
+    noise_fn: NoiseFunction,
+    conditions: Conditions,
+    callback: StepCallback = no_callback,
+) -> Latents:
+    """Make a film's latents from `start`, which is noise (the audio may be given instead).
+
+    `text` and `negative` are states [B, L, C]; without `negative` there is no guidance.
+    """
+    velocity = velocity_function(network, text, negative, base_video_scale)
+    sigmas = flow_sigmas(steps)
+    if few_step:
+        return sample_dmd2(velocity, start, sigmas, noise_fn, conditions, callback)
+    return sample_unipc(velocity, start, sigmas, conditions, callback)
+
+
+def sample_super_resolution(
+    network: Network,
+    base: Latents,
+    noise: Latents,
+    text: Tensor,
+    *,
+    negative: Tensor | None,
+    steps: int,
+    first_frame: Tensor | None,
+    callback: StepCallback = no_callback,
+) -> Latents:
+    """Make the latents of the larger film; `noise` and `first_frame` have its size, the audio stays that of `base`."""
+    start = super_resolution.prepare(base, noise, *noise.video.shape[-2:])
+    scale = super_resolution_video_scale(start.video.shape[2], start.video.device)
+    velocity = velocity_function(network, text, negative, lambda sigma: scale)  # noqa: ARG005
+    conditions = Conditions(first_frame, start.audio)
+    result = sample_unipc(velocity, start, flow_sigmas(steps), conditions, callback)
+    return Latents(result.video, base.audio)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from happyhorse.kernels.attention import (
+    FrameWindow,
+    attention,
+    attention_reference,
+    windowed_by_joining,
+    windowed_by_merging,
+)
+
+
+def random_qkv(tokens: int, heads: int, groups: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, tokens, heads, 16), (2, tokens, groups, 16), (2, tokens, groups, 16)]
+    return [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for shape in shapes]
+
+
+def worst(got: torch.Tensor, want: torch.Tensor) -> float:
+    return (got.double() - want).abs().max().item()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_full_attention_with_grouped_heads_is_the_definition(groups: int) -> None:
+    q, k, v = random_qkv(45, 6, groups, torch.float32)
+    assert worst(attention(q, k, v), attention_reference(q.double(), k.double(), v.double())) < 2e-6
+
+
+@pytest.mark.parametrize("windowed", [attention, windowed_by_joining, windowed_by_merging])
+@pytest.mark.parametrize(("frames", "radius"), [(1, 0), (5, 0), (5, 1), (5, 3), (5, 4), (7, 11)])
+def test_frame_windows_are_one_softmax_over_window_and_other_tokens(windowed, frames: int, radius: int) -> None:
+    window = FrameWindow(frames, tokens_per_frame=6, radius=radius)
+    q, k, v = random_qkv(frames * 6 + 9, 4, 2, torch.float32)
+    want = attention_reference(q.double(), k.double(), v.double(), window)
+    assert worst(windowed(q, k, v, window), want) < 2e-6
+    if radius < frames - 1:
+        assert worst(attention(q, k, v), want) > 1e-2, "the window must make a difference for this test to mean something"
+
+
+def test_cpu_attention_in_bfloat16_only_rounds_its_result() -> None:
+    q, k, v = random_qkv(64, 4, 2, torch.bfloat16)
+    want = attention(q.float(), k.float(), v.float()).to(torch.bfloat16)
+    assert torch.equal(attention(q, k, v), want)

@@ -154,6 +154,7 @@ class Preset:
     audio_vae: AudioVAEConfig
     sizes: Mapping[str, tuple[int, int]]
     default_aspect: str
+    default_seconds: float
     pixels_1080p: int
 
 
@@ -201,6 +202,7 @@ MAGIHUMAN = Preset(
         "4:3": (384, 288), "3:4": (288, 384), "21:9": (512, 224),
     },
     default_aspect="16:9",
+    default_seconds=5.0,
     pixels_1080p=1920 * 1088,
 )
 
@@ -232,6 +234,7 @@ PONY = Preset(
         "4:3": (128, 96), "3:4": (96, 128), "21:9": (224, 96),
     },
     default_aspect="1:1",
+    default_seconds=2.0,
     pixels_1080p=512 * 512,
 )
 

@@ -9,7 +9,6 @@ attention compute in `compute_dtype` (bfloat16 as published, or float32).
 Letters: B batch, S packed tokens, D model width, N query heads, K key/value heads, H head size.
 """
 
-from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 
@@ -21,16 +20,12 @@ from ..kernels.attention import Attention as AttentionFunction
 from ..kernels.attention import FrameWindow, attention
 from . import operations as plain_operations
 from .config import TransformerConfig
+from .operations import Spans
 from .packing import Latents, PackedLayout, patchify, unpatchify
 from .rope import apply_rope, rope_bands, rope_table
+from .run_block import RunBlock, run_in_place
 
-# run_block(i, layer, x) runs layer i, a callable of the stream [B, S, D] alone, and returns its result
-RunBlock = Callable[[int, Callable[[Tensor], Tensor], Tensor], Tensor]
-
-
-def run_in_place(index: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:  # noqa: ARG001
-    """The `run_block` of a network whose weights are where they are needed."""
-    return layer(x)
+MLP_TOKENS = 2048  # tokens per piece of a feed-forward: its inner activations are the largest tensors there are
 
 
 class JointTransformer(nn.Module):
@@ -181,9 +176,21 @@ class MLP(nn.Module):
         self.down_proj = operations.ModalityLinear(inner, width, modalities)
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        spans = layout.spans
+        pieces = [
+            self.piece(x[:, start : start + MLP_TOKENS], _clip(layout.spans, start, start + MLP_TOKENS))
+            for start in range(0, x.shape[1], MLP_TOKENS)
+        ]
+        return torch.cat(pieces, dim=1)
+
+    def piece(self, x: Tensor, spans: Spans) -> Tensor:
+        """The feed-forward of some of the tokens; every token is on its own here."""
         up = self.up_gate_proj(self.pre_norm(x, spans).to(self.compute_dtype), spans)
         return self.down_proj(self.activation(up.float()).to(self.compute_dtype), spans)
+
+
+def _clip(spans: Spans, start: int, stop: int) -> Spans:
+    """The spans within tokens start..stop, counted from `start`."""
+    return tuple(tuple(min(max(edge, start), stop) - start for edge in span) for span in spans)
 
 
 def gelu7(u: Tensor) -> Tensor:

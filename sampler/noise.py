@@ -3,7 +3,7 @@
 Audio noise is drawn as [B, C, A], the layout of ComfyUI's audio latents, and transposed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -52,16 +52,12 @@ class FilmNoise:
         return self._generator(3)
 
 
-def check_finite(latents: Latents, stage: str) -> None:
-    """Raise ValueError naming `stage` where a latent is NaN or infinite."""
-    for name, tensor in latents._asdict().items():
-        bad = tensor.numel() - int(_finite_count(tensor))
+def check_finite(tensors: Mapping[str, Tensor], stage: str) -> None:
+    """Raise ValueError naming `stage` where a tensor holds NaN or infinite values."""
+    for name, tensor in tensors.items():
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
             raise ValueError(
-                f"{stage}: {bad} of {tensor.numel()} {name} latents are NaN or infinite; "
-                "check the weights and LoRAs, or try --dtype float32"
+                f"{stage}: {bad} of {tensor.numel()} {name} values are NaN or infinite; "
+                "check the weights, or try --dtype float32"
             )
-
-
-def _finite_count(tensor: Tensor) -> Tensor:
-    return torch.isfinite(tensor).sum()

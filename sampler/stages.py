@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..model.packing import Latents, PackedLayout
-from ..model.transformer import JointTransformer, RunBlock, run_in_place
+from ..model.run_block import RunBlock, run_in_place
+from ..model.transformer import JointTransformer
 from . import super_resolution
 from .conditions import Conditions, StepCallback, VelocityFunction, no_callback
 from .dmd2 import sample_dmd2

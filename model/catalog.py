@@ -1,0 +1,46 @@
+"""Where the published files come from, and by which names they are found in one folder of models."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part: names it is looked for by, in this order, and where it is published."""
+
+    patterns: tuple[str, ...]
+    origin: str
+
+
+_WEIGHTS = "GAIR/daVinci-MagiHuman"
+SOURCES = {
+    "base": Source(("base", "*base*.safetensors"), f"{_WEIGHTS}, folder base"),
+    "distill": Source(("distill", "*distill*.safetensors"), f"{_WEIGHTS}, folder distill"),
+    "540p_sr": Source(("540p_sr", "*540p_sr*.safetensors"), f"{_WEIGHTS}, folder 540p_sr"),
+    "1080p_sr": Source(("1080p_sr", "*1080p_sr*.safetensors"), f"{_WEIGHTS}, folder 1080p_sr"),
+    "text_encoder": Source(
+        ("text_encoder", "t5gemma-9b-9b-ul2", "t5gemma*.safetensors"),
+        "google/t5gemma-9b-9b-ul2 (shards 1-4, the index and tokenizer.json)",
+    ),
+    "video_vae": Source(
+        ("wan22_vae.safetensors", "Wan2.2_VAE.pth", "[Ww]an2.2_[Vv][Aa][Ee].safetensors"),
+        "Wan-AI/Wan2.2-TI2V-5B, file Wan2.2_VAE.pth",
+    ),
+    "video_decoder": Source(("turbo_vae",), f"{_WEIGHTS}, folder turbo_vae"),
+    "audio_vae": Source(
+        ("audio_vae", "stable-audio-open-1.0", "sd_audio.safetensors"),
+        "stabilityai/stable-audio-open-1.0, files model_config.json and model.safetensors",
+    ),
+}
+
+
+def find(part: str, folder: Path) -> Path:
+    """The file or folder of `part` (for transformers: the variant) in `folder`; FileNotFoundError names its source."""
+    source = SOURCES[part]
+    for pattern in source.patterns:
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+    raise FileNotFoundError(
+        f"no {part.replace('_', ' ')} in {folder} (looked for {', '.join(source.patterns)}); "
+        f"get it from {source.origin}, or name the file itself"
+    )

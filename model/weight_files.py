@@ -1,0 +1,172 @@
+"""Files of tensors on disk: safetensors (one file or shards with an index) and plain pickled dictionaries.
+
+Opening reads names, shapes and metadata only; tensors are read one by one.
+"""
+
+import json
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+ACCEPTED = "a .safetensors file, a folder of them with model.safetensors.index.json, or a .pth/.ckpt of tensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file says of one tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class WeightFile(ABC):
+    """Named tensors of one checkpoint; `path` is what the user gave, `metadata` the header's strings.
+
+    `absent` holds the tensors that an index promises in shards that are not there, and these shards' names.
+    """
+
+    path: Path
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    absent: Mapping[str, str]
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, on the CPU, in the dtype of the file; it may be backed by the file itself."""
+
+
+def open_weights(path: Path) -> WeightFile:
+    """Open a checkpoint file or folder; raises FileNotFoundError or ValueError that say what is wrong and the cure."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give {ACCEPTED}")
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix == ".zst":
+        raise ValueError(f"{path} is compressed; decompress it first: zstd -d {path}")
+    if path.suffix in (".safetensors", ".sft"):
+        return SafetensorsFile(path, {path: []})
+    if path.suffix in PICKLES:
+        return PickledFile(path)
+    raise ValueError(f"{path} is not a checkpoint this program reads; give {ACCEPTED}")
+
+
+def _open_folder(folder: Path) -> WeightFile:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) == 1:
+        return SafetensorsFile(folder, _shards(indexes[0]))
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", *PICKLES))
+    if len(files) == 1:
+        return open_weights(files[0])
+    if compressed := sorted(folder.glob("*.zst")):
+        raise ValueError(f"{folder} holds compressed shards ({compressed[0].name}, ...); {_decompress(folder)}")
+    found = ", ".join(file.name for file in files[:3]) or "no checkpoint file"
+    raise ValueError(f"{folder} must hold one checkpoint, or shards with one index; found {found}; name the file")
+
+
+def _shards(index: Path) -> dict[Path, list[str]]:
+    """The shards an index names, with the tensors it promises in each."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {index.parent / name: [] for name in sorted(set(weight_map.values()))}
+        for tensor, name in weight_map.items():
+            shards[index.parent / name].append(tensor)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of shards ({error!r}); download it again") from error
+    if any(shard.parent != index.parent for shard in shards):
+        raise ValueError(f"{index} names shards outside its folder; such an index is not read")
+    if any(not shard.exists() and shard.with_name(shard.name + ".zst").exists() for shard in shards):
+        raise ValueError(f"{index.parent} holds compressed shards; {_decompress(index.parent)}")
+    return shards
+
+
+def _decompress(folder: Path) -> str:
+    return f"decompress them first: zstd -d {folder}/*.zst"
+
+
+class SafetensorsFile(WeightFile):
+    """One or more safetensors files that together hold a checkpoint; shards are opened when first needed."""
+
+    def __init__(self, path: Path, shards: Mapping[Path, list[str]]) -> None:
+        self.path = path
+        self.metadata, self.tensors, self.absent, self._shard_of, self._open = {}, {}, {}, {}, {}
+        for shard, promised in shards.items():
+            if not shard.exists():
+                self.absent |= dict.fromkeys(promised, shard.name)
+                continue
+            header, metadata = _read_header(shard)
+            self.metadata |= metadata
+            self.tensors |= header
+            self._shard_of |= dict.fromkeys(header, shard)
+
+    def read(self, name: str) -> Tensor:
+        shard = self._shard_of[name]
+        if shard not in self._open:
+            self._open[shard] = _safe_open(shard)
+        return self._open[shard].get_tensor(name)
+
+
+def _safe_open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file ({error}); download it again") from error
+
+
+def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    _safe_open(file)  # checks the header against the length of the file
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    metadata = header.pop("__metadata__", {})
+    return {name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}, metadata
+
+
+class PickledFile(WeightFile):
+    """A dictionary of tensors saved by torch; anything that is not data is refused, nothing in it is run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.metadata, self.absent = path, {}, {}
+        self._state = _flatten(_unpickle(path), path)
+        self.tensors = {
+            name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._state.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        return self._state[name]
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, or is damaged: it was not loaded, because such a file can run code; "
+            "use one converted to safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or not a torch file ({first_line}); download it again") from error
+
+
+def _is_zip(path: Path) -> bool:
+    # only the zip form, torch's own since 1.6, can be read tensor by tensor
+    with path.open("rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def _flatten(value: Any, path: Path) -> dict[str, Tensor]:
+    """The dictionary of tensors in a pickle: under `ema_state_dict` or `state_dict`, else the top level."""
+    for key in ("ema_state_dict", "state_dict"):
+        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
+            value = value[key]
+    if not isinstance(value, Mapping) or not any(isinstance(item, Tensor) for item in value.values()):
+        raise ValueError(f"{path} holds no dictionary of tensors; give {ACCEPTED}")
+    return {name: item for name, item in value.items() if isinstance(item, Tensor)}

@@ -1,0 +1,215 @@
+"""The whole path: prompt, image and sound in, a film with sound out."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..media import FilmWriter, frames_to_uint8, prepare_image, read_audio, read_image, upscale_frames
+from ..model.audio_vae import ENCODE_RATE, FILM_RATE, LATENT_RATE, encode_driving_audio, to_film_rate
+from ..model.checkpoint import load_tokenizer
+from ..model.geometry import FilmShape
+from ..model.packing import Latents
+from ..model.prompt import TextStates, encode_prompt
+from .conditions import Conditions, StepCallback
+from .noise import FilmNoise, check_finite
+from .parts import Parts
+from .stages import RECIPES, network_of, sample_base, sample_super_resolution
+
+AUDIO_MODES = ("hold", "start")
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+Notice = Callable[[str], None]  # one sentence for the user
+
+
+@dataclass(frozen=True)
+class FilmRequest:
+    """What to make. `large` is the shape after super-resolution, if any; `steps` None is the variant's own number.
+
+    `audio_mode` 'hold' keeps the given sound clean and puts it into the film; 'start' is the published behaviour, in
+    which the few-step sampler treats it as noise. With `sample_audio` its encoding is drawn instead of the mean.
+    """
+
+    prompt: str
+    negative: str
+    shape: FilmShape
+    large: FilmShape | None = None
+    seed: int = 42
+    steps: int | None = None
+    image: Path | None = None
+    audio: Path | None = None
+    audio_mode: str = "hold"
+    sample_audio: bool = False
+    upscale: tuple[int, int, str] | None = None
+
+
+@dataclass(frozen=True)
+class FilmLatents:
+    """A finished film before it is decoded; `sound` [2, N] at 44100 Hz is given sound that the film carries."""
+
+    latents: Latents
+    shape: FilmShape
+    sound: Tensor | None
+
+
+def generate(parts: Parts, request: FilmRequest, progress: Progress, notice: Notice) -> FilmLatents:
+    """Make the latents of a film; raises ValueError for unusable input or numbers, naming it or the stage."""
+    variant = parts.checkpoints["transformer"].variant
+    recipe = RECIPES[variant]
+    final = request.large or request.shape
+    image = read_image(request.image) if request.image else None
+    driving = _read_driving_audio(request, notice) if request.audio else None
+    sound = _film_sound(request) if request.audio and request.audio_mode == "hold" else None
+
+    text, negative = _encode_texts(parts, request, recipe.guided, progress, notice)
+    frames = {}
+    if image is not None:
+        frames = _encode_first_frames(parts, image, {request.shape, final}, progress)
+    noise = FilmNoise(request.seed)
+    given = None
+    if driving is not None:
+        given = _encode_audio(parts, driving, noise.audio_encoding() if request.sample_audio else None, progress)
+
+    start = noise.initial(_empty(parts, request.shape))
+    held = given if request.audio_mode == "hold" or recipe.guided else None
+    if given is not None and held is None:
+        start = start._replace(audio=given)
+    steps = request.steps or recipe.steps
+    with parts.use("transformer") as (transformer, run_block):
+        latents = sample_base(
+            network_of(transformer, run_block), start, text, negative=negative, few_step=recipe.few_step,
+            steps=steps, noise_fn=noise.step, conditions=Conditions(frames.get(request.shape), held),
+            callback=_step_callback("sampling", steps, progress),
+        )  # fmt: skip
+        del transformer, run_block
+    if request.large is not None:
+        latents = _enlarge(parts, request.large, latents, text, noise, frames.get(final), progress)
+    return FilmLatents(latents, final, sound)
+
+
+def write_film(
+    parts: Parts, film: FilmLatents, out: Path, metadata: Mapping[str, str], request: FilmRequest, progress: Progress
+) -> None:
+    """Decode a film and write it to `out`, frame by frame; nothing is left behind if that fails."""
+    width, height = (request.upscale or (film.shape.width, film.shape.height))[:2]
+    total = film.shape.pixel_frames
+    with FilmWriter(out, width, height, LATENT_RATE, metadata) as writer:
+        writer.add_audio(_sound_of(parts, film, progress))
+        done = 0
+        with parts.use("video_decoder") as (decoder, _):
+            for chunk in decoder.decode_chunks(film.latents.video):
+                _check_pixels(chunk)
+                frames = frames_to_uint8(chunk)
+                writer.add_frames(upscale_frames(frames, *request.upscale) if request.upscale else frames)
+                done += len(frames)
+                progress("decoding", done, total)
+
+
+def _read_driving_audio(request: FilmRequest, notice: Notice) -> Tensor:
+    """The given sound as [1, N] at 51200 Hz, as long as the film."""
+    samples = request.shape.audio_latents * ENCODE_RATE // LATENT_RATE
+    waveform = read_audio(request.audio, ENCODE_RATE, 1)
+    seconds, wanted = waveform.shape[1] / ENCODE_RATE, samples / ENCODE_RATE
+    if abs(seconds - wanted) > 1 / LATENT_RATE:
+        done = "the rest is left out" if seconds > wanted else "the end is silent"
+        notice(f"{request.audio} lasts {seconds:.2f} s, the film {request.shape.seconds:.2f} s: {done}")
+    return _fit(waveform, samples)
+
+
+def _film_sound(request: FilmRequest) -> Tensor:
+    return _fit(read_audio(request.audio, FILM_RATE, 2), _film_samples(request.shape))
+
+
+def _film_samples(shape: FilmShape) -> int:
+    return round(shape.seconds * FILM_RATE)
+
+
+def _fit(waveform: Tensor, samples: int) -> Tensor:
+    """Cut [C, N] to `samples`, or pad it with silence."""
+    return torch.nn.functional.pad(waveform[:, :samples], (0, max(0, samples - waveform.shape[1])))
+
+
+def _encode_texts(
+    parts: Parts, request: FilmRequest, guided: bool, progress: Progress, notice: Notice
+) -> tuple[Tensor, Tensor | None]:
+    prompts = {"prompt": request.prompt} | ({"negative prompt": request.negative} if guided else {})
+    tokenizer = load_tokenizer(parts.checkpoints["text_encoder"])
+    encoded: dict[str, TextStates] = {}
+    with parts.use("text_encoder") as (encoder, run_block):
+        for name, prompt in prompts.items():
+            encoded[name] = encode_prompt(encoder, tokenizer, prompt, run_block=run_block)
+            progress("text", len(encoded), len(prompts))
+    for name, states in encoded.items():
+        if states.cut_text:
+            kept = states.states.shape[1]
+            notice(f"the {name} has {states.num_tokens} tokens, {kept} are used; cut: {states.cut_text!r}")
+    texts = [states.states for states in encoded.values()]
+    return texts[0], texts[1] if guided else None
+
+
+def _encode_first_frames(
+    parts: Parts, image, shapes: set[FilmShape], progress: Progress
+) -> dict[FilmShape, Tensor]:
+    frames = {}
+    with parts.use("video_vae") as (vae, _):
+        for shape in shapes:
+            pixels = prepare_image(image, shape.width, shape.height).unsqueeze(2)
+            frames[shape] = vae.encode(pixels.to(parts.device))
+            progress("image", len(frames), len(shapes))
+            check_finite({"image": frames[shape]}, "encoding the image")
+    return frames
+
+
+def _encode_audio(
+    parts: Parts, waveform: Tensor, generator: torch.Generator | None, progress: Progress
+) -> Tensor:
+    with parts.use("audio_vae") as (vae, _):
+        latents = encode_driving_audio(vae, waveform.to(parts.device), generator=generator)
+    progress("audio", 1, 1)
+    check_finite({"audio": latents}, "encoding the audio")
+    return latents
+
+
+def _empty(parts: Parts, shape: FilmShape) -> Latents:
+    """Latents of a film's shapes, on the device."""
+    config = parts.checkpoints["transformer"].config
+    video = (1, config.latent_channels, shape.latent_frames, shape.latent_rows, shape.latent_columns)
+    audio = (1, shape.audio_latents, config.audio_in_channels)
+    return Latents(torch.empty(video, device=parts.device), torch.empty(audio, device=parts.device))
+
+
+def _enlarge(
+    parts: Parts, shape: FilmShape, base: Latents, text: Tensor, noise: FilmNoise, frame: Tensor | None, progress: Progress
+) -> Latents:
+    steps = RECIPES[parts.checkpoints["super_resolution"].variant].steps
+    with parts.use("super_resolution") as (transformer, run_block):
+        return sample_super_resolution(
+            network_of(transformer, run_block), base, noise.super_resolution(_empty(parts, shape)), text,
+            negative=None, steps=steps, first_frame=frame,
+            callback=_step_callback("super-resolution", steps, progress),
+        )  # fmt: skip
+
+
+def _step_callback(stage: str, steps: int, progress: Progress) -> StepCallback:
+    def after_step(index: int, latents: Latents, denoised: Latents) -> None:  # noqa: ARG001
+        check_finite(latents._asdict(), f"{stage}, step {index + 1} of {steps}")
+        progress(stage, index + 1, steps)
+
+    return after_step
+
+
+def _sound_of(parts: Parts, film: FilmLatents, progress: Progress) -> Tensor:
+    """The film's sound [2, N] at 44100 Hz, exactly as long as its pictures."""
+    if film.sound is None:
+        with parts.use("audio_vae") as (vae, _):
+            waveform = to_film_rate(vae.decode(film.latents.audio)[0].cpu())
+    else:
+        waveform = film.sound
+    check_finite({"sound": waveform}, "decoding the sound")
+    progress("sound", 1, 1)
+    return _fit(waveform, _film_samples(film.shape))
+
+
+def _check_pixels(chunk: Tensor) -> None:
+    check_finite({"pixel": chunk}, "decoding the picture")

@@ -1,0 +1,39 @@
+# Everything here sets itself up in .venv; all it needs is Python 3.10 or newer, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+
+.PHONY: demo test lint bench soak gpu clean
+
+demo: $(VENV)/.ready
+	$(BIN)/happyhorse generate --preset pony --prompt "a red circle bounces slow on a teal background ." --out happyhorse.mp4
+
+test: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.ready-test
+	$(BIN)/python benchmarks/transformer_speed.py
+	$(BIN)/python benchmarks/load_memory.py
+	$(BIN)/python benchmarks/decode_memory.py
+
+soak: $(VENV)/.ready-test
+	$(BIN)/python benchmarks/soak.py
+
+gpu: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@

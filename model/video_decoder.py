@@ -1,0 +1,214 @@
+"""The light video decoder (TurboVAED): normalised video latents -> pixels, in windows of constant memory.
+
+It is not causal: a frame depends on its neighbours on both sides. A film is therefore decoded in windows that
+see one more latent on either side and drop its frames. F latent frames give 4F-3 frames, 16 times as large.
+Shapes and layout are those of video_vae.py: [B, C, F, Y, X], channels last in memory.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import operations
+from .config import VideoDecoderConfig
+from .video_vae import (
+    check_latents,
+    denormalize_latents,
+    double_size,
+    interleave_frames,
+    per_frame,
+    unpatchify,
+)
+
+# Fields of the published configuration that ours does not have, with the only value this file implements.
+IMPLEMENTED = {
+    "decoder_causal": False,
+    "decoder_is_dw_conv": False,  # one flag per block
+    "patch_size_t": 1,
+    "resnet_norm_eps": 1e-6,
+    "scaling_factor": 1,
+    "use_unpatchify": True,
+}
+# Fields of the encoder, of what is refused above, and those that follow from the lists of blocks.
+IGNORED = {"in_channels", "decoder_dw_kernel_size", "spatial_compression_ratio", "temporal_compression_ratio"}
+IGNORED_PREFIXES = ("_", "aligned_")  # notes of the file format; projections used in training only
+
+
+def from_published(values: Mapping[str, Any]) -> VideoDecoderConfig:
+    """Read the published JSON of a TurboVAED.
+
+    Raises ValueError for values that this decoder does not implement and for missing or unknown fields.
+    """
+    refused = [
+        f"{name}={values[name]!r} (must be {wanted!r})"
+        for name, wanted in IMPLEMENTED.items()
+        if name in values and any(value != wanted for value in _as_list(values[name]))
+    ]
+    if refused:
+        raise ValueError(f"a video decoder of this kind is not implemented: {', '.join(refused)}")
+    ours = {
+        name: value
+        for name, value in values.items()
+        if name not in IMPLEMENTED and name not in IGNORED and not name.startswith(IGNORED_PREFIXES)
+    }
+    return VideoDecoderConfig.from_dict(ours)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+class VideoDecoder(nn.Module):
+    """The light decoder. Films and latents are float32; inside, everything is in the dtype of the weights."""
+
+    def __init__(self, config: VideoDecoderConfig, operations: Any = operations) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config, operations)
+
+    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the film of normalised `latents` [B, 48, F, Y, X] window by window, not clamped.
+
+        The chunks [B, 3, f, 16Y, 16X] have 4F-3 frames. Raises ValueError at the call for other shapes.
+        """
+        check_latents(latents, self.config.latent_channels)
+        return self._decode_windows(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the whole film [B, 3, 4F-3, 16Y, 16X] of normalised `latents`, not clamped."""
+        return torch.cat(list(self.decode_chunks(latents)), dim=2)
+
+    def _decode_windows(self, latents: Tensor) -> Iterator[Tensor]:
+        length, ratio = latents.shape[2], self.decoder.frames_per_latent
+        first, step = self.config.first_chunk_size, self.config.step_size
+        for begin in (0, *range(first, length, step)):
+            end = begin + (step if begin else first)
+            # One latent of context on both sides, and the last latent repeated to fill the last window.
+            seen = range(max(begin - 1, 0), end + (end < length))
+            window = latents[:, :, [min(i, length - 1) for i in seen]]
+            skipped = ratio * (begin - seen.start)
+            kept = ratio * (min(end, length) - begin) - (0 if begin else ratio - 1)
+            # Without a name for the frames, so that they are gone before the next window.
+            yield self._decode_window(window, is_first=begin == 0)[:, :, skipped : skipped + kept].float()
+
+    def _decode_window(self, latents: Tensor, is_first: bool) -> Tensor:
+        dtype = self.decoder.conv_in.conv.weight.dtype
+        latents = denormalize_latents(latents).to(dtype, memory_format=torch.channels_last_3d)
+        return self.decoder(latents, is_first)
+
+
+class Decoder(nn.Module):
+    """One window of latents -> its frames. The lists of the configuration run from pixels to latents."""
+
+    def __init__(self, config: VideoDecoderConfig, operations: Any) -> None:
+        super().__init__()
+        widths = config.decoder_block_out_channels[::-1]
+        middle_blocks, *blocks = config.decoder_layers_per_block[::-1]
+        upsamples = config.decoder_spatio_temporal_scaling[::-1]
+        space_only = config.decoder_spatio_only[::-1]
+        doubles_time = [up and not space for up, space in zip(upsamples, space_only, strict=True)]
+        self.patch_size = config.patch_size
+        self.frames_per_latent = 2 ** sum(doubles_time)
+        self.conv_in = Conv(config.latent_channels, widths[0], 3, 3, operations)
+        self.mid_block = Middle(widths[0], middle_blocks, operations)
+        stages = zip(pairwise((widths[0], *widths)), blocks, upsamples, doubles_time, strict=True)
+        self.up_blocks = nn.ModuleList(UpStage(*ends, *rest, operations) for ends, *rest in stages)
+        self.conv_out = Conv(widths[-1], config.out_channels * config.patch_size**2, 3, 3, operations)
+
+    def forward(self, x: Tensor, is_first: bool) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for stage in self.up_blocks:
+            x = stage(x, is_first)
+        return unpatchify(self.conv_out(F.silu(rms_norm(x))), self.patch_size)
+
+
+class Middle(nn.Module):
+    """Residual blocks at the size of the latents."""
+
+    def __init__(self, width: int, blocks: int, operations: Any) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(width, width, operations) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resnets:
+            x = block(x)
+        return x
+
+
+class UpStage(nn.Module):
+    """A residual block where the width changes, a step up in size, residual blocks."""
+
+    def __init__(
+        self, width_in: int, width: int, blocks: int, upsample: bool, double_time: bool, operations: Any
+    ) -> None:
+        super().__init__()
+        self.conv_in = ResidualBlock(width_in, width, operations) if width_in != width else None
+        self.upsamplers = nn.ModuleList([UpStep(width, double_time, operations)] if upsample else [])
+        # As published: the blocks of stages that upsample begin with ReLU instead of SiLU.
+        self.resnets = nn.ModuleList(
+            ResidualBlock(width, width, operations, first_relu=upsample) for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor, is_first: bool) -> Tensor:
+        if self.conv_in is not None:
+            x = self.conv_in(x)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, is_first)
+        for block in self.resnets:
+            x = block(x)
+        return x
+
+
+class UpStep(nn.Module):
+    """Twice the rows and columns; twice the frames too, where the first window drops the first of them."""
+
+    def __init__(self, width: int, double_time: bool, operations: Any) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": operations.Conv2d(width, width, 3, padding=1)})
+        self.time_conv = Conv(width, 2 * width, 3, 1, operations) if double_time else None
+
+    def forward(self, x: Tensor, is_first: bool) -> Tensor:
+        if self.time_conv is not None:
+            x = interleave_frames(self.time_conv(x))[:, :, int(is_first) :]
+        return per_frame(self.resample["1"], double_size(x))
+
+
+class ResidualBlock(nn.Module):
+    """Twice norm, activation and convolution, added to the input; a 1x1x1 convolution fits the widths."""
+
+    def __init__(self, width_in: int, width: int, operations: Any, first_relu: bool = False) -> None:
+        super().__init__()
+        self.activation = F.relu if first_relu else F.silu
+        self.conv1 = Conv(width_in, width, 3, 3, operations)
+        self.conv2 = Conv(width, width, 3, 3, operations)
+        self.conv_shortcut = Conv(width_in, width, 1, 1, operations) if width_in != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.activation(rms_norm(x)))
+        h = F.silu(rms_norm(h))  # bound anew: at full size every tensor less counts
+        h = self.conv2(h)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(rms_norm(x, eps=1e-6)))
+
+
+class Conv(nn.Module):
+    """A 3-D convolution that repeats the first and the last frame and pads space with zeros; sizes stay."""
+
+    def __init__(self, width_in: int, width: int, time: int, space: int, operations: Any) -> None:
+        super().__init__()
+        self.repeats = time // 2
+        padding = (0, space // 2, space // 2)
+        self.conv = operations.Conv3d(width_in, width, (time, space, space), padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.repeats:
+            x = torch.cat([x[:, :, :1]] * self.repeats + [x] + [x[:, :, -1:]] * self.repeats, dim=2)
+        return self.conv(x)
+
+
+def rms_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """RMS norm over the channels, axis 1, without a gain."""
+    return F.rms_norm(x.movedim(1, -1), x.shape[1:2], eps=eps).movedim(-1, 1)

@@ -25,7 +25,7 @@ from .packing import Latents, PackedLayout, patchify, unpatchify
 from .rope import apply_rope, rope_bands, rope_table
 from .run_block import RunBlock, run_in_place
 
-MLP_TOKENS = 2048  # tokens per piece of a feed-forward: its inner activations are the largest tensors there are
+MLP_TOKENS = 1024  # tokens per piece of a feed-forward: its inner activations are the largest tensors there are
 
 
 class JointTransformer(nn.Module):

@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-test
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
 bench: $(VENV)/.ready-test
 	$(BIN)/python benchmarks/transformer_speed.py
@@ -22,7 +22,7 @@ soak: $(VENV)/.ready-test
 	$(BIN)/python benchmarks/soak.py
 
 gpu: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 clean:
 	rm -rf $(VENV)

@@ -11,44 +11,35 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from . import __version__, pony
-from .media import UPSCALE_MODES, read_audio
+from .media import read_audio
 from .model import catalog
 from .model.audio_vae import ENCODE_RATE
-from .model.checkpoint import Checkpoint, describe, open_checkpoint
+from .model.checkpoint import Checkpoint, check_names, describe, open_checkpoint
 from .model.config import PRESETS, VARIANTS, Preset
 from .model.geometry import FPS, MAX_SECONDS, MIN_SECONDS, FilmShape, super_resolution_size
-from .sampler.guidance import DEFAULT_NEGATIVE_PROMPT
+from .model.weight_files import write_tensors
+from .options import DTYPES, parser
 from .sampler.parts import Parts
-from .sampler.pipeline import AUDIO_MODES, FilmRequest, generate, write_film
-from .sampler.placement import OFFLOADS
+from .sampler.pipeline import FilmRequest, generate, write_film
 from .sampler.plan import Plan, free_memory, plan_film, require_fit, table
 from .sampler.stages import RECIPES
 
 log = logging.getLogger("happyhorse")
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LONG_SECONDS = 10.0
 PACKAGES = ("torch", "safetensors", "tokenizers", "av", "numpy", "pillow", "einops")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for input that cannot be used, 130 when interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        options = _parser().parse_args(arguments)
+        options = parser(_generate, _inspect, _doctor).parse_args(arguments)
         with torch.inference_mode():
             options.run(options)
     except KeyboardInterrupt:
@@ -70,127 +61,19 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="happyhorse", description="Films with sound from the open daVinci-MagiHuman weights.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | inspect | doctor")
-    _add_generate(commands.add_parser("generate", help="make a film"))
-    inspect = commands.add_parser("inspect", help="say what checkpoint files are")
-    inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    inspect.set_defaults(run=_inspect)
-    doctor = commands.add_parser("doctor", help="versions, device, memory, parts found, and what each size needs")
-    _add_models(doctor)
-    _add_compute(doctor)
-    doctor.add_argument("--seconds", type=float, help="length of the films in the table (default: the preset's)")
-    doctor.set_defaults(run=_doctor)
-    return parser
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", required=True, help="what is to be seen and heard")
-    parser.add_argument("--negative", default=DEFAULT_NEGATIVE_PROMPT, help="what is not; used by the base variant only")
-    parser.add_argument("--image", type=Path, help="the first frame")
-    parser.add_argument("--audio", type=Path, help="sound (or a film with sound) that the film follows")
-    parser.add_argument("--audio-mode", choices=AUDIO_MODES, default="hold",
-                        help="hold keeps the sound and puts it into the film; start only begins from it")  # fmt: skip
-    parser.add_argument("--audio-encoding", choices=("mean", "sample"), default="mean",
-                        help="sample draws the audio latents from the seed, as published")  # fmt: skip
-    parser.add_argument("--seconds", type=float, help=f"{MIN_SECONDS:g} to {MAX_SECONDS:g} in steps of {1 / FPS:g}")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="multiples of 32")
-    size.add_argument("--aspect", choices=tuple(PRESETS["magihuman"].sizes))
-    parser.add_argument("--seed", type=_seed, default=42)
-    parser.add_argument("--steps", type=_steps, help="default: the variant's own number")
-    parser.add_argument("--variant", choices=("base", "distill"), default="distill")
-    parser.add_argument("--sr", choices=("540p", "1080p"), help="super-resolution")
-    parser.add_argument("--decoder", choices=("turbo", "wan"), default="turbo", help="which network makes the pixels")
-    parser.add_argument("--upscale", type=_upscale, metavar="WIDTHxHEIGHT[:MODE]",
-                        help=f"plain resizing of the finished frames: {', '.join(UPSCALE_MODES)}")  # fmt: skip
-    _add_models(parser)
-    _add_compute(parser)
-    parser.add_argument("--out", type=Path, default=Path("happyhorse.mp4"), help="the film (.mp4)")
-    parser.add_argument("--save-latents", type=Path, metavar="FILE", help="also keep the latents (.safetensors)")
-    parser.set_defaults(run=_generate)
-
-
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="magihuman",
-                        help="pony: a tiny stand-in with random weights that needs no download")  # fmt: skip
-    parser.add_argument("--models", type=Path, help="folder in which all parts lie (default: models)")
-    for role, (option, what) in PART_OPTIONS.items():
-        parser.add_argument(option, dest=f"path_{role}", type=Path, metavar="PATH", help=f"the {what} itself")
-
-
-def _add_compute(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the transformers' linears")
-    parser.add_argument("--device", type=_device, default=None, help="default: the accelerator, else the CPU")
-    parser.add_argument("--offload", choices=("auto", *OFFLOADS), default="auto",
-                        help="none: all on the device; stage: one part at a time; blocks: layer by layer")  # fmt: skip
-
-
-PART_OPTIONS = {
-    "transformer": ("--model", "transformer"),
-    "super_resolution": ("--sr-model", "super-resolution transformer"),
-    "text_encoder": ("--text-encoder", "text encoder"),
-    "video_vae": ("--vae", "Wan2.2 video VAE"),
-    "turbo": ("--turbo-vae", "fast video decoder"),
-    "audio_vae": ("--audio-vae", "audio VAE"),
-}
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must look like 448x256, got {text!r}")
-    return int(width), int(height)
-
-
-def _upscale(text: str) -> tuple[int, int, str]:
-    size, _, mode = text.partition(":")
-    width, height = _size(size)
-    if width % 2 or height % 2 or not 2 <= min(width, height) or max(width, height) > 8192:
-        raise argparse.ArgumentTypeError(f"width and height must be even and at most 8192, got {size!r}")
-    if mode and mode not in UPSCALE_MODES:
-        raise argparse.ArgumentTypeError(f"mode must be one of {', '.join(UPSCALE_MODES)}, got {mode!r}")
-    return width, height, mode or "bicubic"
-
-
-def _whole(text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
-    return value
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, 2**63 - 1 - 8)
-
-
-def _steps(text: str) -> int:
-    return _whole(text, 1, 1000)
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({first}); try cpu") from error
-    return device
-
-
 def _default_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def _models_folder(options: argparse.Namespace) -> Path:
     if options.models is None and options.preset == "pony":
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return pony.ensure_pony(cache / "happyhorse" / f"pony-{pony.VERSION}")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "happyhorse"
+        try:
+            return pony.ensure_pony(cache / f"pony-{pony.VERSION}")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"the pony cannot be written to {cache} ({error}); set XDG_CACHE_HOME"
+            ) from error
     return options.models or Path("models")
 
 
@@ -209,6 +92,7 @@ def _open_parts(options: argparse.Namespace, folder: Path) -> dict[str, Checkpoi
     for role, (option, name, variant) in wanted.items():
         path = getattr(options, f"path_{option}") or catalog.find(name, folder)
         parts[role] = open_checkpoint(path, "transformer" if variant else name, variant)
+        check_names(parts[role], parts[role].build().state_dict())  # now, not when its turn comes
     return parts
 
 
@@ -226,13 +110,17 @@ def _generate(options: argparse.Namespace) -> None:
         needed = {role: part for role, part in checkpoints.items() if large or role != "super_resolution"}
         return plan_film(needed, shape, large, dtype, vae_dtype)
 
-    offload = require_fit(plan(request.shape, request.large), options.offload, device, _smaller(request, plan))
+    offload = require_fit(
+        plan(request.shape, request.large), options.offload, device, _smaller(request, plan)
+    )
     parts = Parts(checkpoints, device, offload, dtype, vae_dtype)
     with Bars() as bars:
         film = generate(parts, request, bars.progress, bars.notice)
         if options.save_latents:
-            save_file({name: t.contiguous() for name, t in film.latents._asdict().items()}, options.save_latents)
-        write_film(parts, film, options.out, _metadata(options, request, checkpoints, device), request, bars.progress)
+            write_tensors(options.save_latents, film.latents._asdict())
+        write_film(
+            parts, film, options.out, _metadata(options, request, checkpoints, device), request, bars.progress
+        )
     note = checkpoints["transformer"].file.metadata.get("note")
     sys.stdout.write(f"{options.out.resolve()}{f' ({note})' if note else ''}\n")
 
@@ -247,8 +135,8 @@ def _request(options: argparse.Namespace, preset: Preset) -> FilmRequest:
         log.warning("films above %g s are longer than what the models were trained on", LONG_SECONDS)
     large = options.sr and shape.resized(super_resolution_size(options.sr, size, preset.pixels_1080p))
     return FilmRequest(
-        options.prompt, options.negative, shape, large, options.seed, options.steps, options.image, options.audio,
-        options.audio_mode, options.audio_encoding == "sample", options.upscale,
+        options.prompt, options.negative, shape, large, options.seed, options.steps, options.image,
+        options.audio, options.audio_mode, options.audio_encoding == "sample", options.upscale,
     )  # fmt: skip
 
 
@@ -260,7 +148,9 @@ def _sound_seconds(audio: Path) -> float:
     return min(max(math.floor(seconds * FPS) / FPS, MIN_SECONDS), MAX_SECONDS)
 
 
-def _smaller(request: FilmRequest, plan: Callable[[FilmShape, FilmShape | None], Plan]) -> Iterator[tuple[str, Plan]]:
+def _smaller(
+    request: FilmRequest, plan: Callable[[FilmShape, FilmShape | None], Plan]
+) -> Iterator[tuple[str, Plan]]:
     """Plans of smaller films, with the options that ask for them."""
     if request.large:
         yield "the film without --sr", plan(request.shape, None)
@@ -283,7 +173,10 @@ def _check_output(path: Path, suffix: str) -> None:
 
 
 def _metadata(
-    options: argparse.Namespace, request: FilmRequest, checkpoints: dict[str, Checkpoint], device: torch.device
+    options: argparse.Namespace,
+    request: FilmRequest,
+    checkpoints: dict[str, Checkpoint],
+    device: torch.device,
 ) -> dict[str, str]:
     """The settings of a film, as one JSON object under the tag `comment`."""
     transformer, final = checkpoints["transformer"], request.large or request.shape

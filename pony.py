@@ -1,7 +1,7 @@
 """The pony: the same networks in miniature, laid out like the published files.
 
-For now its weights are random, drawn from a fixed seed: its films are noise. They show that everything works, nothing
-else.
+For now its weights are random, drawn from a fixed seed: its films are noise. They show that everything works,
+nothing else.
 """
 
 import json
@@ -47,14 +47,27 @@ def write_pony(folder: Path, seed: int = 0) -> None:
     tokenizer = tiny_tokenizer(PONY.text_encoder.vocab_size).to_str()
     for index, variant in enumerate(VARIANTS):
         config = PONY.transformers[variant]
-        _write(folder / variant, "transformer", JointTransformer(config), config, seed + index, {"variant": variant})
+        _write(
+            folder / variant,
+            "transformer",
+            JointTransformer(config),
+            config,
+            seed + index,
+            {"variant": variant},
+        )
     text_encoder = TextEncoder(PONY.text_encoder)
     _write(folder / "text_encoder", "text_encoder", text_encoder, PONY.text_encoder, seed + 4)
     (folder / "text_encoder" / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    _write(folder / "turbo_vae", "video_decoder", VideoDecoder(PONY.video_decoder), PONY.video_decoder, seed + 5)
-    _write(folder, "video_vae", VideoVAE(PONY.video_vae), PONY.video_vae, seed + 6, name="wan22_vae.safetensors")
+    _write(
+        folder / "turbo_vae", "video_decoder", VideoDecoder(PONY.video_decoder), PONY.video_decoder, seed + 5
+    )
+    _write(
+        folder, "video_vae", VideoVAE(PONY.video_vae), PONY.video_vae, seed + 6, name="wan22_vae.safetensors"
+    )
     _write(folder / "audio_vae", "audio_vae", AudioVAE(PONY.audio_vae), PONY.audio_vae, seed + 7)
-    (folder / "audio_vae" / "model_config.json").write_text(json.dumps(_audio_json(), indent=2), encoding="utf-8")
+    (folder / "audio_vae" / "model_config.json").write_text(
+        json.dumps(_audio_json(), indent=2), encoding="utf-8"
+    )
 
 
 def _write(
@@ -97,9 +110,19 @@ def random_weight(name: str, tensor: Tensor, generator: torch.Generator) -> Tens
 def _audio_json() -> dict:
     """The audio VAE's configuration in the form of stable-audio-open's model_config.json."""
     config = PONY.audio_vae
-    shared = {"channels": config.channels, "c_mults": config.c_mults, "strides": config.strides, "use_snake": True}
+    shared = {
+        "channels": config.channels,
+        "c_mults": config.c_mults,
+        "strides": config.strides,
+        "use_snake": True,
+    }
     encoder = {"in_channels": config.io_channels, "latent_dim": 2 * config.latent_dim, **shared}
-    decoder = {"out_channels": config.io_channels, "latent_dim": config.latent_dim, "final_tanh": False, **shared}
+    decoder = {
+        "out_channels": config.io_channels,
+        "latent_dim": config.latent_dim,
+        "final_tanh": False,
+        **shared,
+    }
     pretransform = {
         "encoder": {"type": "oobleck", "config": encoder},
         "decoder": {"type": "oobleck", "config": decoder},
@@ -108,4 +131,4 @@ def _audio_json() -> dict:
         "downsampling_ratio": config.samples_per_latent,
         "io_channels": config.io_channels,
     }
-    return {"sample_rate": 44100, "model": {"pretransform": {"config": pretransform}}}
+    return {"sample_rate": 44100, "model": {"pretransform": {"type": "autoencoder", "config": pretransform}}}

@@ -1,5 +1,6 @@
-"""Load a synthetic 3 GB float32 checkpoint in shards as bfloat16 and compare the peak of anonymous memory with what
-must be there: final size + the largest tensor in float32 + 100 MB. Linux only. Usage: `python benchmarks/load_memory.py`.
+"""Load a synthetic 3 GB float32 checkpoint in shards as bfloat16 and compare the peak of anonymous memory
+with what must be there: final size + the largest tensor in float32 + 100 MB. Linux only. Usage: `python
+benchmarks/load_memory.py`.
 """
 
 import argparse
@@ -21,9 +22,9 @@ from happyhorse.model.transformer import JointTransformer
 MB = 1e6
 ALLOWANCE = 100 * MB
 CONFIG = TransformerConfig(
-    num_layers=12, hidden_size=2048, head_dim=128, num_query_groups=4, video_in_channels=192, audio_in_channels=64,
-    text_in_channels=3584, mm_layers=(0, 11), gelu7_layers=(0,), local_attn_layers=(), frame_receptive_field=11,
-    enable_attn_gating=True, coords_style="v2",
+    num_layers=12, hidden_size=2048, head_dim=128, num_query_groups=4, video_in_channels=192,
+    audio_in_channels=64, text_in_channels=3584, mm_layers=(0, 11), gelu7_layers=(0,), local_attn_layers=(),
+    frame_receptive_field=11, enable_attn_gating=True, coords_style="v2",
 )  # fmt: skip
 
 

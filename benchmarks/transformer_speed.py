@@ -18,9 +18,9 @@ from happyhorse.model.packing import Latents, PackedLayout
 from happyhorse.model.transformer import JointTransformer
 
 CONFIG = TransformerConfig(
-    num_layers=8, hidden_size=1024, head_dim=128, num_query_groups=2, video_in_channels=192, audio_in_channels=64,
-    text_in_channels=3584, mm_layers=(0, 7), gelu7_layers=(0,), local_attn_layers=(), frame_receptive_field=11,
-    enable_attn_gating=True, coords_style="v2",
+    num_layers=8, hidden_size=1024, head_dim=128, num_query_groups=2, video_in_channels=192,
+    audio_in_channels=64, text_in_channels=3584, mm_layers=(0, 7), gelu7_layers=(0,), local_attn_layers=(),
+    frame_receptive_field=11, enable_attn_gating=True, coords_style="v2",
 )  # fmt: skip
 LATENT_SIZE, AUDIO, TEXT = (32, 16, 28), 126, 400  # 3,584 video tokens
 

@@ -1,6 +1,7 @@
 """Softmax attention with grouped key/value heads, over the whole sequence or over a window of frames.
 
-Letters: B batch, N query heads, K key/value heads, S tokens, H head size. Query head n reads key/value head n // (N/K).
+Letters: B batch, N query heads, K key/value heads, S tokens, H head size. Query head n reads key/value head n
+// (N/K).
 """
 
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class FrameWindow:
-    """Which keys a video token sees: its own frame, `radius` frames on each side, and all tokens after the video.
+    """Which keys a video token sees: its own frame, `radius` frames on each side, and all tokens after the
+    video.
 
     The first `frames * tokens_per_frame` tokens are the video; all other tokens see everything.
     """
@@ -36,10 +38,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None
     Uses PyTorch's fused attention; windows are taken frame by frame, without a mask of S x S.
     """
     if window is not None and not window.covers_all:
-        return windowed_by_merging(q, k, v, window) if q.device.type == "cpu" else windowed_by_joining(q, k, v, window)
+        return (
+            windowed_by_merging(q, k, v, window)
+            if q.device.type == "cpu"
+            else windowed_by_joining(q, k, v, window)
+        )
     if q.device.type == "cpu":
-        # PyTorch's CPU kernel rounds the softmax weights to the dtype of the input. In bfloat16 that alone moves the
-        # velocity as far as all other roundings together, and the recorded runs do not have it.
+        # PyTorch's CPU kernel rounds the softmax weights to the dtype of the input. In bfloat16 that alone
+        # moves the velocity as far as all other roundings together, and the recorded runs do not have it.
         return _fused(q.float(), k.float(), v.float()).to(q.dtype)
     return _fused(q, k, v)
 
@@ -68,7 +74,8 @@ def windowed_by_joining(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow) ->
 
 
 def windowed_by_merging(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow) -> Tensor:
-    """Windowed attention on a CPU: the near frames and the tokens after the video separately, merged by their sums.
+    """Windowed attention on a CPU: the near frames and the tokens after the video separately, merged by their
+    sums.
 
     Both parts are rounded to the dtype of the input before they are merged, as in the recorded runs.
     """

@@ -14,10 +14,10 @@ class Source:
 
 _WEIGHTS = "GAIR/daVinci-MagiHuman"
 SOURCES = {
-    "base": Source(("base", "*base*.safetensors"), f"{_WEIGHTS}, folder base"),
-    "distill": Source(("distill", "*distill*.safetensors"), f"{_WEIGHTS}, folder distill"),
-    "540p_sr": Source(("540p_sr", "*540p_sr*.safetensors"), f"{_WEIGHTS}, folder 540p_sr"),
-    "1080p_sr": Source(("1080p_sr", "*1080p_sr*.safetensors"), f"{_WEIGHTS}, folder 1080p_sr"),
+    "base": Source(("base", "base*", "*base*.safetensors"), f"{_WEIGHTS}, folder base"),
+    "distill": Source(("distill", "distill*", "*distill*.safetensors"), f"{_WEIGHTS}, folder distill"),
+    "540p_sr": Source(("540p_sr", "540p_sr*", "*540p_sr*.safetensors"), f"{_WEIGHTS}, folder 540p_sr"),
+    "1080p_sr": Source(("1080p_sr", "1080p_sr*", "*1080p_sr*.safetensors"), f"{_WEIGHTS}, folder 1080p_sr"),
     "text_encoder": Source(
         ("text_encoder", "t5gemma-9b-9b-ul2", "t5gemma*.safetensors"),
         "google/t5gemma-9b-9b-ul2 (shards 1-4, the index and tokenizer.json)",
@@ -35,7 +35,9 @@ SOURCES = {
 
 
 def find(part: str, folder: Path) -> Path:
-    """The file or folder of `part` (for transformers: the variant) in `folder`; FileNotFoundError names its source."""
+    """The file or folder of `part` (for transformers: the variant) in `folder`; FileNotFoundError names its
+    source.
+    """
     source = SOURCES[part]
     for pattern in source.patterns:
         if found := sorted(folder.glob(pattern)):

@@ -3,9 +3,10 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from .video_decoder import VideoDecoder
 from .video_vae import VideoVAE
 from .weight_files import WeightFile, open_weights
 
+RENEW_CONFIG = "correct it, or download the file again"
 BLOCK_LINEAR = re.compile(r"^block\..*\.(linear_qkv|linear_proj|up_gate_proj|down_proj)\.weight$")
 
 
@@ -65,11 +67,14 @@ class Checkpoint:
         return sum(torch.Size(self.file.tensors[name].shape).numel() for name in self.names.values())
 
     def build(self, compute_dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-        """The module on the meta device."""
-        with torch.device("meta"):
-            if self.part == "transformer":
-                return JointTransformer(self.config, compute_dtype=compute_dtype)
-            return NETWORKS[self.part](self.config)
+        """The module on the meta device; raises ValueError where the configuration contradicts itself."""
+        options = {"compute_dtype": compute_dtype} if self.part == "transformer" else {}
+        try:
+            with torch.device("meta"):
+                return NETWORKS[self.part](self.config, **options)
+        except Exception as error:  # which kind depends on the layer that cannot be built
+            what = f"no {_words(self.part)} can be built from its configuration"
+            raise ValueError(f"{self.path}: {what} ({error}); {RENEW_CONFIG}") from error
 
 
 NETWORKS: Mapping[str, Callable[[Any], nn.Module]] = {
@@ -86,21 +91,27 @@ CONFIGS: Mapping[str, type[Config]] = {
     "video_decoder": VideoDecoderConfig,
     "audio_vae": AudioVAEConfig,
 }
+PUBLISHED_JSON: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Config]]] = {
+    "video_decoder": ("Turbo*.json", video_decoder.from_published),
+    "audio_vae": ("model_config.json", audio_vae.from_published),
+}
 
 
 def open_checkpoint(path: Path, part: str | None = None, variant: str | None = None) -> Checkpoint:
     """Open a checkpoint and work out what it is.
 
-    `part` is what is expected, `variant` what a transformer is said to be; the header's metadata, then the file's
-    name decide otherwise. Raises FileNotFoundError or ValueError naming the file and what is wrong with it.
+    `part` is what is expected. A transformer's variant is that of the header, else of the file's or folder's
+    name, else `variant`, which must not contradict these. Raises FileNotFoundError or ValueError naming the
+    file and what is wrong with it.
     """
     file = open_weights(path)
     listed = [*file.tensors, *file.absent]
-    found = recognise(listed)
+    found = part if part and KEY_MAPS[part].prefix(listed) is not None else recognise(listed)
     if found is None or part not in (None, found):
-        first = ", ".join(listed[:3]) or "none"
-        is_a = f"a {_words(found)}" if found else f"something else ({len(listed)} tensors: {first}, ...)"
-        raise ValueError(f"{path} is {is_a}, expected a {_words(part or 'known part')}; give the file of that part")
+        first = f" ({', '.join(listed[:3])}, ...)" if listed else ""
+        holds = f"the {_words(found)}" if found else f"{len(listed)} tensors of no known part{first}"
+        wanted = _words(part) if part else f"one of {', '.join(map(_words, KEY_MAPS))}"
+        raise ValueError(f"{path} holds {holds}; give the file of the part wanted here: {wanted}")
     names = KEY_MAPS[found].own_names(listed)
     if missing := sorted({file.absent[name] for name in names.values() if name in file.absent}):
         shown = ", ".join(missing[:3])
@@ -115,46 +126,70 @@ def _words(name: str) -> str:
 
 def _variant(file: WeightFile, asked: str | None) -> str:
     stored = file.metadata.get("variant")
-    if asked is not None and asked not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {asked!r}")
-    if stored is not None:
-        if asked not in (None, stored):
-            raise ValueError(f"{file.path} says it is the variant {stored!r}, not {asked!r}; give the other file")
-        return stored
-    if asked is not None:
-        return asked
-    for name in (file.path.stem, file.path.parent.name):
-        if len(found := [v for v in VARIANTS if re.search(v.removesuffix("_sr"), name.lower())]) == 1:
-            return found[0]
-    raise ValueError(
-        f"cannot tell which variant {file.path} is; say so with --variant ({', '.join(VARIANTS)}), "
-        "or put the variant into the file's or folder's name"
-    )
+    sources = {"the variant asked for": asked, f"the variant in the header of {file.path}": stored}
+    for what, given in sources.items():
+        if given not in (None, *VARIANTS):
+            raise ValueError(f"{what} must be one of {', '.join(VARIANTS)}, got {given!r}")
+    found = stored or _named_variant(file.path.absolute())
+    if found is None and asked is None:
+        raise ValueError(
+            f"cannot tell which variant {file.path} is; say so with --variant ({', '.join(VARIANTS)}), "
+            "or put the variant into the file's or folder's name"
+        )
+    if found is not None and asked not in (None, found):
+        source, cure = ("header", "") if stored else ("name", ", or rename it if the name is wrong")
+        raise ValueError(
+            f"{file.path} is the variant {found!r} by its {source}, but {asked!r} is asked for; "
+            f"ask for {found!r} or give another file{cure}"
+        )
+    return found or asked
+
+
+def _named_variant(path: Path) -> str | None:
+    """The variant that a file's name gives, else its folder's; more than one is none."""
+    for name in (path.name, path.parent.name):
+        words = [v for v in VARIANTS if re.search(rf"(?<![a-z0-9]){v.removesuffix('_sr')}", name.lower())]
+        if len(words) == 1:
+            return words[0]
+    return None
 
 
 def _config(file: WeightFile, part: str, variant: str | None) -> Config:
     """From the header; else from the published JSON beside the file; else the published model's numbers."""
+    source, text, read = file.path, file.metadata.get("config"), partial(_from_header, CONFIGS[part])
+    if text is None and part in PUBLISHED_JSON:
+        pattern, read = PUBLISHED_JSON[part]
+        beside = list((file.path if file.path.is_dir() else file.path.parent).glob(pattern))
+        if len(beside) == 1:
+            source, text = beside[0], beside[0].read_bytes()
+    if text is None:
+        return MAGIHUMAN.transformers[variant] if part == "transformer" else getattr(MAGIHUMAN, part)
     try:
-        if "config" in file.metadata:
-            return CONFIGS[part].from_dict(json.loads(file.metadata["config"]))
-        folder = file.path if file.path.is_dir() else file.path.parent
-        if part == "audio_vae" and (beside := folder / "model_config.json").exists():
-            return audio_vae.from_published(json.loads(beside.read_text(encoding="utf-8")))
-        if part == "video_decoder" and len(found := list(folder.glob("Turbo*.json"))) == 1:
-            return video_decoder.from_published(json.loads(found[0].read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file.path}: its configuration cannot be used: {error}") from error
-    published: dict[str, Config] = {
-        "text_encoder": MAGIHUMAN.text_encoder,
-        "video_vae": MAGIHUMAN.video_vae,
-        "video_decoder": MAGIHUMAN.video_decoder,
-        "audio_vae": MAGIHUMAN.audio_vae,
-    }
-    return MAGIHUMAN.transformers[variant] if part == "transformer" else published[part]
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"it must be a JSON object, got {str(values)[:40]!r}")
+        return read(values)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{source}: its configuration cannot be used: {error}; {RENEW_CONFIG}") from error
+
+
+def _from_header(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    for field in fields(kind):
+        value, listed = values.get(field.name), get_args(field.type)  # a list is tuple[type, ...]
+        one = listed[0] if listed else field.type
+        accepted = (int, float) if one is float else (one,)
+        items = value if listed and isinstance(value, list) else [value]
+        wrong = isinstance(value, list) != bool(listed) or any(type(item) not in accepted for item in items)
+        if field.name in values and wrong:
+            wanted = f"a list of {one.__name__}" if listed else one.__name__
+            raise ValueError(f"{field.name} must be {wanted}, got {value!r}")
+    return kind.from_dict(values)
 
 
 def check_names(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where tensors are missing, unknown or of another shape, with counts and the first of each."""
+    """Raise ValueError where tensors are missing, unknown or of another shape, with counts and the first of
+    each.
+    """
     optional = set(KEY_MAPS[checkpoint.part].optional)
     shapes = {own: checkpoint.file.tensors[name].shape for own, name in checkpoint.names.items()}
     problems = {
@@ -177,13 +212,16 @@ def check_names(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> None:
 
 
 def load(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", layers_on_cpu: bool = False
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    layers_on_cpu: bool = False,
 ) -> nn.Module:
     """Load a module, ready for inference: one tensor at a time is read, cast and moved to `device`.
 
-    `dtype` is that of the transformer's block linears (all else of it is float32) or of all weights of another part.
-    With `layers_on_cpu` the weights of its layers stay in CPU memory. Raises ValueError for tensors that do not fit
-    or are not finite.
+    `dtype` is that of the transformer's block linears (all else of it is float32) or of all weights of
+    another part. With `layers_on_cpu` the weights of its layers stay in CPU memory. Raises ValueError for
+    tensors that do not fit or are not finite.
     """
     module = checkpoint.build(dtype)
     expected = module.state_dict()
@@ -196,7 +234,7 @@ def load(
             continue
         stored = checkpoint.file.read(checkpoint.names[own])
         tensor = stored.to(home, storage_dtype(checkpoint.part, own, dtype))
-        _check_finite(tensor, own, checkpoint.path)
+        _check_finite(tensor, own, checkpoint)
         state[own] = tensor
     module.load_state_dict(state, strict=True, assign=True)
     return module.requires_grad_(False).eval()
@@ -209,10 +247,13 @@ def storage_dtype(part: str, name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _check_finite(tensor: Tensor, name: str, path: Path) -> None:
+def _check_finite(tensor: Tensor, name: str, checkpoint: Checkpoint) -> None:
     # minimum and maximum carry NaN and infinity, and need no memory of the tensor's size
     if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor)):
-        raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged, download it again")
+        raise ValueError(
+            f"{checkpoint.path}: {name} of the {checkpoint.label} holds NaN or infinite values; "
+            "the file is damaged, download it again"
+        )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

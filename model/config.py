@@ -35,8 +35,9 @@ def _frozen(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class TransformerConfig(Config):
-    """The joint transformer. `mm_layers` hold one weight copy per modality, `local_attn_layers` see a window of
-    `frame_receptive_field` latent frames on each side; coordinates are 'v1' (super-resolution) or 'v2'."""
+    """The joint transformer. `mm_layers` hold one weight copy per modality, `local_attn_layers` see a window
+    of `frame_receptive_field` latent frames on each side; coordinates are 'v1' (super-resolution) or 'v2'.
+    """
 
     num_layers: int
     hidden_size: int
@@ -55,12 +56,15 @@ class TransformerConfig(Config):
     def __post_init__(self) -> None:
         if self.hidden_size % self.head_dim or self.num_heads % self.num_query_groups or self.head_dim % 8:
             raise ValueError(
-                f"hidden_size {self.hidden_size}, head_dim {self.head_dim} and num_query_groups {self.num_query_groups} "
-                "do not fit: heads must divide the width, groups the heads, and 8 the head size"
+                f"hidden_size {self.hidden_size}, head_dim {self.head_dim} and num_query_groups "
+                f"{self.num_query_groups} do not fit: "
+                "heads must divide the width, groups the heads, and 8 the head size"
             )
         if self.coords_style not in ("v1", "v2"):
             raise ValueError(f"coords_style must be 'v1' or 'v2', got {self.coords_style!r}")
-        beyond = [i for i in (*self.mm_layers, *self.gelu7_layers, *self.local_attn_layers) if i >= self.num_layers]
+        beyond = [
+            i for i in (*self.mm_layers, *self.gelu7_layers, *self.local_attn_layers) if i >= self.num_layers
+        ]
         if beyond:
             raise ValueError(f"layers {beyond} are named but there are only {self.num_layers}")
 
@@ -162,7 +166,7 @@ VARIANTS = ("base", "distill", "540p_sr", "1080p_sr")
 
 
 def _variants(global_layers: tuple[int, ...], window: int, **common: Any) -> dict[str, TransformerConfig]:
-    """The four variants: super-resolution has coordinates v1, and at 1080p all but `global_layers` are local."""
+    """The four variants: super-resolution has coordinates v1, 1080p also local layers."""
     common = {"audio_in_channels": 64, "enable_attn_gating": True, "video_in_channels": 192, **common}
     local = tuple(i for i in range(common["num_layers"]) if i not in global_layers)
 
@@ -171,9 +175,12 @@ def _variants(global_layers: tuple[int, ...], window: int, **common: Any) -> dic
             coords_style=coords, local_attn_layers=local_layers, frame_receptive_field=window, **common
         )
 
-    return dict(zip(VARIANTS, (variant("v2"), variant("v2"), variant("v1"), variant("v1", local)), strict=True))
+    return dict(
+        zip(VARIANTS, (variant("v2"), variant("v2"), variant("v1"), variant("v1", local)), strict=True)
+    )
 
 
+# fmt: off
 MAGIHUMAN = Preset(
     transformers=_variants(
         global_layers=(3, 7, 11, 15, 19, 23, 27, 31), window=11,
@@ -181,9 +188,9 @@ MAGIHUMAN = Preset(
         mm_layers=(0, 1, 2, 3, 36, 37, 38, 39), gelu7_layers=(0, 1, 2, 3),
     ),
     text_encoder=TextEncoderConfig(
-        vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256, attn_logit_softcapping=50.0,
-        sliding_window=4096, rope_theta=10000.0, rms_norm_eps=1e-6,
+        vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256,
+        attn_logit_softcapping=50.0, sliding_window=4096, rope_theta=10000.0, rms_norm_eps=1e-6,
     ),
     video_vae=VideoVAEConfig(
         dim=160, dec_dim=256, z_dim=48, dim_mult=(1, 2, 4, 4), num_res_blocks=2,
@@ -238,8 +245,10 @@ PONY = Preset(
     pixels_1080p=512 * 512,
 )
 
+# fmt: on
 PRESETS: Mapping[str, Preset] = {"magihuman": MAGIHUMAN, "pony": PONY}
 
+# fmt: off
 # Statistics of the Wan2.2 latents: constants in the published code, not part of any checkpoint.
 LATENT_MEAN = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
@@ -253,3 +262,4 @@ LATENT_STD = (
     0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )
+# fmt: on

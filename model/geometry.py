@@ -1,4 +1,6 @@
-"""Seconds, pixels and frames of a film against the sizes of its latents; the one place where these are converted."""
+"""Seconds, pixels and frames of a film against the sizes of its latents; the one place where these are
+converted.
+"""
 
 import math
 from dataclasses import dataclass
@@ -64,14 +66,17 @@ class FilmShape:
 
 
 def audio_latents(seconds: float) -> int:
-    """Audio latents of a film: 25 a second and one more; raises ValueError outside 0.2 to 30 s or off the 0.04 s grid."""
+    """Audio latents of a film: 25 a second and one more; raises ValueError outside 0.2 to 30 s or off the
+    0.04 s grid.
+    """
     if not math.isfinite(seconds) or not MIN_SECONDS <= seconds <= MAX_SECONDS:
         raise ValueError(f"seconds must be from {MIN_SECONDS} to {MAX_SECONDS:g}, got {seconds:g}")
     frames = round(seconds * FPS)
     if abs(frames - seconds * FPS) > 1e-6 * FPS:
         below = math.floor(seconds * FPS) / FPS
         raise ValueError(
-            f"seconds must be a multiple of {1 / FPS:g}, got {seconds:g}; the nearest are {below:g} and {below + 1 / FPS:g}"
+            f"seconds must be a multiple of {1 / FPS:g}, got {seconds:g}; "
+            f"the nearest are {below:g} and {below + 1 / FPS:g}"
         )
     return frames + 1
 

@@ -1,4 +1,5 @@
-"""How published files name their tensors: by which names a part is recognised, and which prefixes are stripped.
+"""How published files name their tensors: by which names a part is recognised, and which prefixes are
+stripped.
 
 Behind its prefix every tensor is called as in our modules, so there is nothing to rename.
 """
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KeyMap:
-    """One part's names. `signature` is in every file of the part, behind one of `prefixes`; the first that fits is
-    the file's, and our own prefix takes its place. `optional` names need not be in a file.
+    """One part's names. `signature` is in every file of the part, behind one of `prefixes`; the first that
+    fits is the file's, and our own prefix takes its place. `optional` names need not be in a file.
     """
 
     signature: str
@@ -24,7 +25,9 @@ class KeyMap:
         return next((prefix for prefix in self.prefixes if prefix + self.signature in names), None)
 
     def own_names(self, names: Collection[str]) -> dict[str, str]:
-        """Our name -> the file's name, for the tensors behind the prefix; the others belong to something else."""
+        """Our name -> the file's name, for the tensors behind the prefix; the others belong to something
+        else.
+        """
         prefix = self.prefix(names)
         if prefix is None:
             return {}

@@ -1,7 +1,8 @@
 """The leaf layers of every network. A host may pass a namespace of its own with the same names instead.
 
-Contract of every leaf: it owns `weight` and perhaps `bias`, and it computes in the dtype of its input, whatever
-dtype its weights are stored in. A network therefore states its number formats by what it hands to a leaf.
+Contract of every leaf: it owns `weight` and perhaps `bias`, and it computes in the dtype of its input,
+whatever dtype its weights are stored in. A network therefore states its number formats by what it hands to a
+leaf.
 """
 
 import torch
@@ -31,7 +32,9 @@ class Conv3d(nn.Conv3d):
 
 
 class WeightNormConv1d(nn.Module):
-    """A 1-D convolution with `weight = weight_g * weight_v / ||weight_v||`, the norm over all axes but the first."""
+    """A 1-D convolution with `weight = weight_g * weight_v / ||weight_v||`, the norm over all axes but the
+    first.
+    """
 
     def __init__(
         self,
@@ -93,7 +96,9 @@ class ModalityLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.modalities = modalities
-        self.weight = nn.Parameter(torch.empty(modalities * out_features, in_features, dtype=dtype, device=device))
+        self.weight = nn.Parameter(
+            torch.empty(modalities * out_features, in_features, dtype=dtype, device=device)
+        )
 
     def forward(self, x: Tensor, spans: Spans) -> Tensor:
         weight = _cast(self.weight, x)
@@ -123,4 +128,6 @@ class ModalityRMSNorm(nn.Module):
         if self.modalities == 1:
             return F.rms_norm(x, gain.shape, gain, self.eps)
         copies = zip(spans, gain.chunk(self.modalities), strict=True)
-        return torch.cat([F.rms_norm(x[:, a:b], copy.shape, copy, self.eps) for (a, b), copy in copies], dim=1)
+        return torch.cat(
+            [F.rms_norm(x[:, a:b], copy.shape, copy, self.eps) for (a, b), copy in copies], dim=1
+        )

@@ -1,6 +1,7 @@
 """The packed sequence of one sample: [video tokens | audio tokens | text tokens], and where each token lies.
 
-Letters: B batch, S packed tokens, C channels, F latent frames, Y/X latent rows and columns, A audio latents, L text tokens.
+Letters: B batch, S packed tokens, C channels, F latent frames, Y/X latent rows and columns, A audio latents,
+L text tokens.
 """
 
 from collections.abc import Callable
@@ -45,21 +46,30 @@ class PackedLayout:
     def __post_init__(self) -> None:
         # v1 stretches text over [0, 1] and audio over the film: with one token there is nothing to stretch
         if self.coords_style == "v1" and self.text_tokens == 1:
-            raise ValueError("super-resolution needs a prompt of at least 2 tokens, got 1; write a longer prompt")
+            raise ValueError(
+                "super-resolution needs a prompt of at least 2 tokens, got 1; write a longer prompt"
+            )
         if self.coords_style == "v1" and self.audio_tokens == 1 and self.frames > 1:
-            raise ValueError(f"super-resolution needs at least 2 audio latents for {self.frames} latent frames, got 1")
+            raise ValueError(
+                f"super-resolution needs at least 2 audio latents for {self.frames} latent frames, got 1"
+            )
 
     @classmethod
     def of(cls, latents: Latents, text: Tensor, coords_style: str) -> "PackedLayout":
-        """The layout for these latents and text states [B, L, C]; raises ValueError where they do not fit together."""
+        """The layout for these latents and text states [B, L, C]; raises ValueError where they do not fit
+        together.
+        """
         batch, _, frames, rows, columns = latents.video.shape
         if rows % PATCH or columns % PATCH:
             raise ValueError(f"video latents must have even rows and columns, got {rows}x{columns}")
         if not batch == latents.audio.shape[0] == text.shape[0]:
             raise ValueError(
-                f"video, audio and text need one batch size, got {batch}, {latents.audio.shape[0]}, {text.shape[0]}"
+                "video, audio and text need one batch size, "
+                f"got {batch}, {latents.audio.shape[0]}, {text.shape[0]}"
             )
-        return cls(frames, rows // PATCH, columns // PATCH, latents.audio.shape[1], text.shape[1], coords_style)
+        return cls(
+            frames, rows // PATCH, columns // PATCH, latents.audio.shape[1], text.shape[1], coords_style
+        )
 
     @property
     def tokens_per_frame(self) -> int:
@@ -80,7 +90,9 @@ class PackedLayout:
         return (0, self.video_tokens), (self.video_tokens, audio), (audio, self.total_tokens)
 
     def coordinates(self, device: torch.device | None = None) -> Tensor:
-        """Return [S, 9] float32: each token's position, own size and reference size along (time, row, column)."""
+        """Return [S, 9] float32: each token's position, own size and reference size along (time, row,
+        column).
+        """
         video = (self.frames, self.rows, self.columns)
         audio_reference = self.frames if self.coords_style == "v1" else (self.audio_tokens - 1) // 4 + 1
         text_reference, text_start = (2, 0) if self.coords_style == "v1" else (1, -self.text_tokens)

@@ -10,7 +10,7 @@ from torch import Tensor
 def rope_bands(head_dim: int) -> Tensor:
     """Return the H/8 frequencies 10000^(-b/(H/8)), float32, shared by the three axes."""
     count = head_dim // 8
-    return 10000.0 ** (-torch.arange(count, dtype=torch.float32) / count)
+    return torch.tensor([10000.0 ** (-band / count) for band in range(count)], dtype=torch.float32)
 
 
 def rope_table(coordinates: Tensor, bands: Tensor) -> Tensor:
@@ -28,7 +28,9 @@ def rope_table(coordinates: Tensor, bands: Tensor) -> Tensor:
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the first 2R of the H values of each head; `x` [B, S, N, H], `table` [S, 2R]; pairs are (i, i + R)."""
+    """Rotate the first 2R of the H values of each head; `x` [B, S, N, H], `table` [S, 2R]; pairs are (i, i +
+    R).
+    """
     width = table.shape[1] // 2
     sin, cos = table.unsqueeze(1).split(width, dim=2)  # [S, 1, R] each
     first, second, rest = x.split((width, width, x.shape[-1] - 2 * width), dim=-1)

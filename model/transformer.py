@@ -1,10 +1,11 @@
 """The joint transformer: noisy video and audio latents and text states in, velocities of both latents out.
 
-One sequence [video | audio | text] runs through all layers. In the first and last few, every weight holds one copy per
-modality; the others share theirs. There is no timestep input: the network sees only the noisy latents.
+One sequence [video | audio | text] runs through all layers. In the first and last few, every weight holds one
+copy per modality; the others share theirs. There is no timestep input: the network sees only the noisy
+latents.
 
-Number formats: the residual stream, norms, embedders and heads are float32; the linears inside the blocks and the
-attention compute in `compute_dtype` (bfloat16 as published, or float32).
+Number formats: the residual stream, norms, embedders and heads are float32; the linears inside the blocks and
+the attention compute in `compute_dtype` (bfloat16 as published, or float32).
 
 Letters: B batch, S packed tokens, D model width, N query heads, K key/value heads, H head size.
 """
@@ -25,7 +26,9 @@ from .packing import Latents, PackedLayout, patchify, unpatchify
 from .rope import apply_rope, rope_bands, rope_table
 from .run_block import RunBlock, run_in_place
 
-MLP_TOKENS = 1024  # tokens per piece of a feed-forward: its inner activations are the largest tensors there are
+MLP_TOKENS = (
+    1024  # tokens per piece of a feed-forward: its inner activations are the largest tensors there are
+)
 
 
 class JointTransformer(nn.Module):
@@ -56,7 +59,8 @@ class JointTransformer(nn.Module):
     ) -> Latents:
         """Return the velocity (noise - clean) of both streams, float32, in the shapes of `latents`.
 
-        `text` is [B, L, C] without padding; `layout` is `PackedLayout.of(latents, text, config.coords_style)`.
+        `text` is [B, L, C] without padding; `layout` is `PackedLayout.of(latents, text,
+        config.coords_style)`.
         """
         x = self.adapter(latents, text)
         rope = rope_table(layout.coordinates(x.device), self.adapter.rope.bands)
@@ -87,7 +91,7 @@ class Adapter(nn.Module):
 
 
 class Rope(nn.Module):
-    """The bands as a buffer: published files carry them, some rounded to bfloat16, and these values are used."""
+    """The bands as a buffer: published files carry them, some rounded to bfloat16; these are used."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -115,7 +119,9 @@ class TransformerLayer(nn.Module):
         self.mlp = MLP(config, index, operations, compute_dtype)
 
     def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout, attend: AttentionFunction) -> Tensor:
-        x = x + self.attention(x, rope, layout, attend)  # the norm in front sits inside, as in the published weights
+        x = x + self.attention(
+            x, rope, layout, attend
+        )  # the norm in front sits inside, as in the published weights
         return x + self.mlp(x, layout)
 
 

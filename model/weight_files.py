@@ -1,10 +1,12 @@
 """Files of tensors on disk: safetensors (one file or shards with an index) and plain pickled dictionaries.
 
-Opening reads names, shapes and metadata only; tensors are read one by one.
+Opening one reads names, shapes and metadata only; tensors are read one by one.
 """
 
 import json
 import pickle
+import uuid
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
-ACCEPTED = "a .safetensors file, a folder of them with model.safetensors.index.json, or a .pth/.ckpt of tensors"
+ACCEPTED = (
+    "a .safetensors file, a folder of them with model.safetensors.index.json, or a .pth/.ckpt of tensors"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class WeightFile(ABC):
 
 
 def open_weights(path: Path) -> WeightFile:
-    """Open a checkpoint file or folder; raises FileNotFoundError or ValueError that say what is wrong and the cure."""
+    """Open a checkpoint file or folder; raises FileNotFoundError or ValueError that say what is wrong and the
+    cure.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give {ACCEPTED}")
     if path.is_dir():
@@ -64,11 +71,16 @@ def _open_folder(folder: Path) -> WeightFile:
         return SafetensorsFile(folder, _shards(indexes[0]))
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", *PICKLES))
     if len(files) == 1:
-        return open_weights(files[0])
+        file = files[0]
+        return PickledFile(file) if file.suffix in PICKLES else SafetensorsFile(folder, {file: []})
     if compressed := sorted(folder.glob("*.zst")):
-        raise ValueError(f"{folder} holds compressed shards ({compressed[0].name}, ...); {_decompress(folder)}")
+        raise ValueError(
+            f"{folder} holds compressed shards ({compressed[0].name}, ...); {_decompress(folder)}"
+        )
     found = ", ".join(file.name for file in files[:3]) or "no checkpoint file"
-    raise ValueError(f"{folder} must hold one checkpoint, or shards with one index; found {found}; name the file")
+    raise ValueError(
+        f"{folder} must hold one checkpoint, or shards with one index; found {found}; name the file"
+    )
 
 
 def _shards(index: Path) -> dict[Path, list[str]]:
@@ -79,7 +91,7 @@ def _shards(index: Path) -> dict[Path, list[str]]:
         for tensor, name in weight_map.items():
             shards[index.parent / name].append(tensor)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of shards ({error!r}); download it again") from error
+        raise ValueError(f"{index} is not an index of shards ({error}); download it again") from error
     if any(shard.parent != index.parent for shard in shards):
         raise ValueError(f"{index} names shards outside its folder; such an index is not read")
     if any(not shard.exists() and shard.with_name(shard.name + ".zst").exists() for shard in shards):
@@ -117,15 +129,19 @@ def _safe_open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file ({error}); download it again") from error
+        raise ValueError(
+            f"{file} is damaged or not a safetensors file ({error}); download it again"
+        ) from error
 
 
 def _read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     _safe_open(file)  # checks the header against the length of the file
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    metadata = header.pop("__metadata__", {})
-    return {name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}, metadata
+    metadata = header.pop("__metadata__", None) or {}
+    return {
+        name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()
+    }, metadata
 
 
 class PickledFile(WeightFile):
@@ -145,15 +161,19 @@ class PickledFile(WeightFile):
 
 def _unpickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an unusual file, which is refused below if it is no use
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except (PermissionError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors, or is damaged: it was not loaded, because such a file can run code; "
+            f"{path} holds more than tensors, or is damaged: it was not loaded, for it can run code; "
             "use one converted to safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or not a torch file ({first_line}); download it again") from error
+    except Exception as error:  # damage shows as any kind, IndexError and AssertionError among them
+        reason = str(error).partition("\n")[0] or "it ends early"
+        raise ValueError(f"{path} is damaged or not a torch file ({reason}); download it again") from error
 
 
 def _is_zip(path: Path) -> bool:
@@ -167,6 +187,21 @@ def _flatten(value: Any, path: Path) -> dict[str, Tensor]:
     for key in ("ema_state_dict", "state_dict"):
         if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
             value = value[key]
-    if not isinstance(value, Mapping) or not any(isinstance(item, Tensor) for item in value.values()):
+    entries = value.items() if isinstance(value, Mapping) else ()
+    tensors = {name: item for name, item in entries if isinstance(name, str) and isinstance(item, Tensor)}
+    if not tensors:
         raise ValueError(f"{path} holds no dictionary of tensors; give {ACCEPTED}")
-    return {name: item for name, item in value.items() if isinstance(item, Tensor)}
+    return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, all at once or not at all; raises OSError naming `path` where that fails."""
+    work = path.with_name(f".{path.stem[:64]}.{uuid.uuid4().hex}.part")
+    try:
+        work.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        work.replace(path)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OSError(error.errno, f"the tensors could not be written: {reason}", str(path)) from error
+    finally:
+        work.unlink(missing_ok=True)

@@ -26,7 +26,9 @@ class Conditions:
     audio: Tensor | None = None
 
     def apply(self, latents: Latents) -> Latents:
-        """Return `latents` with the held parts put in; samplers call this before every step and once at the end."""
+        """Return `latents` with the held parts put in; samplers call this before every step and once at the
+        end.
+        """
         video, audio = latents
         if self.first_frame is not None:
             video = video.clone()

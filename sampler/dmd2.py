@@ -17,8 +17,8 @@ def sample_dmd2(
 ) -> Latents:
     """Denoise `latents` from sigmas[0] to sigmas[-1] = 0 and return them clean.
 
-    At each level the clean film is predicted and put back to the next level with fresh noise. Multi-step sampling of
-    a distribution-matching student, DMD2 (arXiv:2405.14867), section 4.4.
+    At each level the clean film is predicted and put back to the next level with fresh noise. Multi-step
+    sampling of a distribution-matching student, DMD2 (arXiv:2405.14867), section 4.4.
     """
     for index, (sigma, sigma_next) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
         latents = conditions.apply(latents)

@@ -13,11 +13,12 @@ HIGH_NOISE_TIME = 500
 FIRST_FRAMES, FIRST_FRAMES_SCALE, LATER_FRAMES_SCALE = 13, 2.0, 3.5
 
 DEFAULT_NEGATIVE_PROMPT = (
-    "blurry, out of focus, low resolution, heavy compression, flicker, ghosting, smeared textures, washed out or "
-    "oversaturated colours, overexposed, underexposed, distorted face, deformed hands, extra fingers, missing limbs, "
-    "warped body, stiff or frozen expression, eyes that wander, teeth that melt, mouth out of step with the words, "
-    "jerky motion, jumping cuts, shaking camera, subtitles, captions, watermark, logo, border, split screen, "
-    "static, background hiss, hum, crackle, clipping, distortion, echo, muffled sound, sudden jumps in loudness, "
+    "blurry, out of focus, low resolution, heavy compression, flicker, ghosting, smeared textures, washed "
+    "out or oversaturated colours, overexposed, underexposed, distorted face, deformed hands, extra fingers, "
+    "missing limbs, warped body, stiff or frozen expression, eyes that wander, teeth that melt, mouth out of "
+    "step with the words, jerky motion, jumping cuts, shaking camera, subtitles, captions, watermark, logo, "
+    "border, split screen, static, background hiss, hum, crackle, clipping, distortion, echo, muffled sound, "
+    "sudden jumps in loudness, "
     "robotic voice, flat monotone delivery, mumbling, slurred or swallowed words, stutter, wrong accent, "
     "several voices at once, speech without a speaker"
 )

@@ -11,7 +11,7 @@ from ..media import FilmWriter, frames_to_uint8, prepare_image, read_audio, read
 from ..model.audio_vae import ENCODE_RATE, FILM_RATE, LATENT_RATE, encode_driving_audio, to_film_rate
 from ..model.checkpoint import load_tokenizer
 from ..model.geometry import FilmShape
-from ..model.packing import Latents
+from ..model.packing import Latents, PackedLayout
 from ..model.prompt import TextStates, encode_prompt
 from .conditions import Conditions, StepCallback
 from .noise import FilmNoise, check_finite
@@ -25,10 +25,12 @@ Notice = Callable[[str], None]  # one sentence for the user
 
 @dataclass(frozen=True)
 class FilmRequest:
-    """What to make. `large` is the shape after super-resolution, if any; `steps` None is the variant's own number.
+    """What to make. `large` is the shape after super-resolution, if any; `steps` None is the variant's own
+    number.
 
-    `audio_mode` 'hold' keeps the given sound clean and puts it into the film; 'start' is the published behaviour, in
-    which the few-step sampler treats it as noise. With `sample_audio` its encoding is drawn instead of the mean.
+    `audio_mode` 'hold' keeps the given sound clean and puts it into the film; 'start' is the published
+    behaviour, in which the few-step sampler treats it as noise. With `sample_audio` its encoding is drawn
+    instead of the mean.
     """
 
     prompt: str
@@ -46,7 +48,7 @@ class FilmRequest:
 
 @dataclass(frozen=True)
 class FilmLatents:
-    """A finished film before it is decoded; `sound` [2, N] at 44100 Hz is given sound that the film carries."""
+    """A film before it is decoded; `sound` [2, N] at 44100 Hz is given sound that the film carries."""
 
     latents: Latents
     shape: FilmShape
@@ -63,13 +65,19 @@ def generate(parts: Parts, request: FilmRequest, progress: Progress, notice: Not
     sound = _film_sound(request) if request.audio and request.audio_mode == "hold" else None
 
     text, negative = _encode_texts(parts, request, recipe.guided, progress, notice)
+    if request.large is not None:  # what its layout refuses, it shall refuse before the first stage
+        PackedLayout.of(
+            _empty(parts, request.large), text, parts.checkpoints["super_resolution"].config.coords_style
+        )
     frames = {}
     if image is not None:
         frames = _encode_first_frames(parts, image, {request.shape, final}, progress)
     noise = FilmNoise(request.seed)
     given = None
     if driving is not None:
-        given = _encode_audio(parts, driving, noise.audio_encoding() if request.sample_audio else None, progress)
+        given = _encode_audio(
+            parts, driving, noise.audio_encoding() if request.sample_audio else None, progress
+        )
 
     start = noise.initial(_empty(parts, request.shape))
     held = given if request.audio_mode == "hold" or recipe.guided else None
@@ -82,14 +90,18 @@ def generate(parts: Parts, request: FilmRequest, progress: Progress, notice: Not
             steps=steps, noise_fn=noise.step, conditions=Conditions(frames.get(request.shape), held),
             callback=_step_callback("sampling", steps, progress),
         )  # fmt: skip
-        del transformer, run_block
     if request.large is not None:
         latents = _enlarge(parts, request.large, latents, text, noise, frames.get(final), progress)
     return FilmLatents(latents, final, sound)
 
 
 def write_film(
-    parts: Parts, film: FilmLatents, out: Path, metadata: Mapping[str, str], request: FilmRequest, progress: Progress
+    parts: Parts,
+    film: FilmLatents,
+    out: Path,
+    metadata: Mapping[str, str],
+    request: FilmRequest,
+    progress: Progress,
 ) -> None:
     """Decode a film and write it to `out`, frame by frame; nothing is left behind if that fails."""
     width, height = (request.upscale or (film.shape.width, film.shape.height))[:2]
@@ -180,7 +192,13 @@ def _empty(parts: Parts, shape: FilmShape) -> Latents:
 
 
 def _enlarge(
-    parts: Parts, shape: FilmShape, base: Latents, text: Tensor, noise: FilmNoise, frame: Tensor | None, progress: Progress
+    parts: Parts,
+    shape: FilmShape,
+    base: Latents,
+    text: Tensor,
+    noise: FilmNoise,
+    frame: Tensor | None,
+    progress: Progress,
 ) -> Latents:
     steps = RECIPES[parts.checkpoints["super_resolution"].variant].steps
     with parts.use("super_resolution") as (transformer, run_block):

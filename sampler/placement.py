@@ -1,4 +1,6 @@
-"""Where weights live outside ComfyUI: kept on the device, brought there for their stage, or streamed layer by layer."""
+"""Where weights live outside ComfyUI: kept on the device, brought there for their stage, or streamed layer by
+layer.
+"""
 
 from collections.abc import Callable
 

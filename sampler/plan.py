@@ -1,18 +1,24 @@
 """The memory plan: bytes of weights and activations of every stage, and which placement fits.
 
-Weights are counted exactly. Activations are estimates of the largest tensors alive at once; they have been compared
-with measured peaks only at small sizes.
+Weights are counted exactly. Activations are estimates of the largest tensors alive at once; they have been
+compared with measured peaks only at small sizes.
 """
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 import torch
 
+from ..model.audio_vae import CHUNK, decoder_context
 from ..model.checkpoint import Checkpoint, storage_dtype
-from ..model.config import TextEncoderConfig, TransformerConfig, VideoDecoderConfig, VideoVAEConfig
+from ..model.config import (
+    AudioVAEConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VideoDecoderConfig,
+    VideoVAEConfig,
+)
 from ..model.geometry import FilmShape
 from ..model.transformer import MLP_TOKENS
 
@@ -23,7 +29,9 @@ RESERVE = 0.06  # share of the memory left to the driver, the allocator's gaps a
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage needs on the device, in bytes; `streamed` is what its weights need when layers are streamed."""
+    """What one stage needs on the device, in bytes; `streamed` is what its weights need when layers are
+    streamed.
+    """
 
     name: str
     weights: int
@@ -37,14 +45,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of one film in their order; one whole transformer or encoder is in memory at a time, if offloaded."""
+    """The stages of one film in their order; one whole transformer or encoder is in memory at a time, if
+    offloaded.
+    """
 
     stages: tuple[Stage, ...]
 
     def on_device(self, offload: str) -> int:
         """Peak bytes on the device under an offload ('none', 'stage' or 'blocks')."""
         if offload == "none":
-            return sum(stage.weights for stage in self.stages) + max(stage.activations for stage in self.stages)
+            return sum(stage.weights for stage in self.stages) + max(
+                stage.activations for stage in self.stages
+            )
         return max(stage.on_device(offload) for stage in self.stages)
 
     def in_ram(self, offload: str, device: torch.device) -> int:
@@ -53,8 +65,12 @@ class Plan:
         return max(s.weights for s in self.stages) if offload == "blocks" and not on_cpu else 0
 
     def choose(self, free: int) -> str | None:
-        """The first placement, the fastest first, whose peak fits `free` bytes of the device; None if none does."""
-        return next((offload for offload in ("none", "stage", "blocks") if self.on_device(offload) <= free), None)
+        """The first placement, the fastest first, whose peak fits `free` bytes of the device; None if none
+        does.
+        """
+        return next(
+            (offload for offload in ("none", "stage", "blocks") if self.on_device(offload) <= free), None
+        )
 
 
 def free_memory(device: torch.device) -> int:
@@ -67,12 +83,16 @@ def free_memory(device: torch.device) -> int:
 
 
 def plan_film(
-    parts: dict[str, Checkpoint], shape: FilmShape, large: FilmShape | None, dtype: torch.dtype, vae_dtype: torch.dtype
+    parts: dict[str, Checkpoint],
+    shape: FilmShape,
+    large: FilmShape | None,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
 ) -> Plan:
     """The plan of a film of `shape`, and of `large` after super-resolution.
 
-    `parts` holds the opened checkpoints by role: text_encoder, transformer, super_resolution, video_vae (for an image),
-    video_decoder, audio_vae; those not needed are left out.
+    `parts` holds the opened checkpoints by role: text_encoder, transformer, super_resolution, video_vae (for
+    an image), video_decoder, audio_vae; those not needed are left out.
     """
     final = large or shape
     activations = {
@@ -81,7 +101,7 @@ def plan_film(
         "transformer": lambda config: _transformer(config, shape, dtype),
         "super_resolution": lambda config: _transformer(config, final, dtype),
         "video_decoder": lambda config: _decoder(config, final, vae_dtype),
-        "audio_vae": lambda config: 6 * config.channels * 2 * 2048 * 160 * 4,
+        "audio_vae": lambda config: _audio(config, shape),
     }
     dtypes = {"video_vae": vae_dtype, "video_decoder": vae_dtype, "audio_vae": torch.float32}
     return Plan(tuple(
@@ -115,7 +135,9 @@ def _transformer(config: TransformerConfig, shape: FilmShape, dtype: torch.dtype
 
 def _text_encoder(config: TextEncoderConfig, dtype: torch.dtype) -> int:
     scores = config.num_attention_heads * TEXT_TOKENS * TEXT_TOKENS * 8
-    return scores + TEXT_TOKENS * (4 * config.hidden_size + 3 * config.intermediate_size) * max(4, dtype.itemsize)
+    return scores + TEXT_TOKENS * (4 * config.hidden_size + 3 * config.intermediate_size) * max(
+        4, dtype.itemsize
+    )
 
 
 def _video_encoder(config: VideoVAEConfig, shape: FilmShape, dtype: torch.dtype) -> int:
@@ -124,10 +146,19 @@ def _video_encoder(config: VideoVAEConfig, shape: FilmShape, dtype: torch.dtype)
 
 def _decoder(config: VideoDecoderConfig | VideoVAEConfig, shape: FilmShape, dtype: torch.dtype) -> int:
     pixels = shape.width * shape.height
-    if isinstance(config, VideoVAEConfig):  # four frames at half the size, the widest features before the last stage
+    if isinstance(
+        config, VideoVAEConfig
+    ):  # four frames at half the size, the widest features before the last stage
         return pixels // 4 * 4 * config.dec_dim * 2 * 5 * dtype.itemsize
     frames = min(4 * (config.first_chunk_size + 2), shape.pixel_frames)
     return pixels // 4 * frames * config.decoder_block_out_channels[0] * 5 * dtype.itemsize
+
+
+def _audio(config: AudioVAEConfig, shape: FilmShape) -> int:
+    # the last decoder block has the first width at every sample; its residual units hold a few tensors of
+    # that size
+    latents = min(shape.audio_latents, CHUNK + 2 * decoder_context(config))
+    return latents * config.samples_per_latent * config.channels * 5 * torch.float32.itemsize
 
 
 def table(plan: Plan, device: torch.device) -> str:
@@ -149,7 +180,7 @@ def _gb(size: int) -> str:
 
 
 def require_fit(plan: Plan, offload: str, device: torch.device, smaller: Iterable[tuple[str, Plan]]) -> str:
-    """Return the offload to use ('auto' is decided here); raises MemoryError saying what would fit instead."""
+    """Return the offload to use ('auto' is decided here); raises MemoryError saying what would fit."""
     free = free_memory(device)
     chosen = plan.choose(free) if offload == "auto" else offload
     if chosen is not None and plan.on_device(chosen) <= free:
@@ -161,7 +192,8 @@ def require_fit(plan: Plan, offload: str, device: torch.device, smaller: Iterabl
     cures += [what for what, other in smaller if other.choose(free)][:1]
     raise MemoryError(
         f"this film needs about {_gb(plan.on_device(asked))} on {device} with --offload {asked}, "
-        f"{_gb(free)} are free; {'what would fit: ' + ' or '.join(cures) if cures else 'nothing smaller would fit'}"
+        f"{_gb(free)} are free; "
+        + (f"what would fit: {' or '.join(cures)}" if cures else "nothing smaller would fit")
     )
 
 
@@ -172,8 +204,3 @@ def _require_ram(plan: Plan, offload: str, device: torch.device) -> None:
             f"streaming needs {_gb(needed)} of RAM for the largest part, {_gb(free)} are free; "
             "close other programs, or use --offload stage on a larger device"
         )
-
-
-def scaled(shape: FilmShape, factor: float) -> FilmShape:
-    """The same picture for a `factor` of the time."""
-    return replace(shape, audio_latents=max(6, math.floor(shape.audio_latents * factor)))

@@ -10,7 +10,8 @@ SHIFT = 5.0
 def flow_sigmas(steps: int, shift: float = SHIFT) -> Tensor:
     """Return the `steps` + 1 noise levels from nearly 1 down to 0, float32, of the shifted linear schedule.
 
-    sigma = shift s / (1 + (shift - 1) s) for s evenly spaced from 0.999 towards 0. Raises ValueError for no steps.
+    sigma = shift s / (1 + (shift - 1) s) for s evenly spaced from 0.999 towards 0. Raises ValueError for no
+    steps.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

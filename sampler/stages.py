@@ -13,7 +13,7 @@ from .conditions import Conditions, StepCallback, VelocityFunction, no_callback
 from .dmd2 import sample_dmd2
 from .guidance import base_video_scale, guide, super_resolution_video_scale
 from .noise import NoiseFunction
-from .schedule import flow_sigmas
+from .schedule import SHIFT, flow_sigmas
 from .unipc import sample_unipc
 
 Network = Callable[[Latents, Tensor], Latents]  # (latents, text states) -> velocity
@@ -71,6 +71,7 @@ def sample_base(
     steps: int,
     noise_fn: NoiseFunction,
     conditions: Conditions,
+    shift: float = SHIFT,
     callback: StepCallback = no_callback,
 ) -> Latents:
     """Make a film's latents from `start`, which is noise (the audio may be given instead).
@@ -78,7 +79,7 @@ def sample_base(
     `text` and `negative` are states [B, L, C]; without `negative` there is no guidance.
     """
     velocity = velocity_function(network, text, negative, base_video_scale)
-    sigmas = flow_sigmas(steps)
+    sigmas = flow_sigmas(steps, shift)
     if few_step:
         return sample_dmd2(velocity, start, sigmas, noise_fn, conditions, callback)
     return sample_unipc(velocity, start, sigmas, conditions, callback)
@@ -93,12 +94,15 @@ def sample_super_resolution(
     negative: Tensor | None,
     steps: int,
     first_frame: Tensor | None,
+    shift: float = SHIFT,
     callback: StepCallback = no_callback,
 ) -> Latents:
-    """Make the latents of the larger film; `noise` and `first_frame` have its size, the audio stays that of `base`."""
+    """Make the latents of the larger film; `noise` and `first_frame` have its size, the audio stays that of
+    `base`.
+    """
     start = super_resolution.prepare(base, noise, *noise.video.shape[-2:])
     scale = super_resolution_video_scale(start.video.shape[2], start.video.device)
     velocity = velocity_function(network, text, negative, lambda sigma: scale)  # noqa: ARG005
     conditions = Conditions(first_frame, start.audio)
-    result = sample_unipc(velocity, start, flow_sigmas(steps), conditions, callback)
+    result = sample_unipc(velocity, start, flow_sigmas(steps, shift), conditions, callback)
     return Latents(result.video, base.audio)

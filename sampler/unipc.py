@@ -1,7 +1,7 @@
 """UniPC for rectified flow: the sampler of the base and super-resolution models.
 
-Order 2, B(h) = expm1(h) ('bh2'), predicting clean samples (arXiv:2302.04867). With alpha = 1 - sigma the half log
-signal-to-noise ratio is lambda = log(1 - sigma) - log(sigma).
+Order 2, B(h) = expm1(h) ('bh2'), predicting clean samples (arXiv:2302.04867). With alpha = 1 - sigma the half
+log signal-to-noise ratio is lambda = log(1 - sigma) - log(sigma).
 """
 
 import math
@@ -54,7 +54,7 @@ def _predict(y: Latents, history: list[Latents], levels: list[float], index: int
 def _correct(
     y: Latents, denoised: Latents, history: list[Latents], levels: list[float], index: int, order: int
 ) -> Latents:
-    """Redo the step to level `index` from `y`, now that the clean prediction `denoised` at its end is known."""
+    """Redo the step to level `index` from `y`, now that the prediction `denoised` at its end is known."""
     previous, sigma = levels[index - 1], levels[index]
     h = _lambda(sigma) - _lambda(previous)
     scale, e = sigma / previous, (1 - sigma) * math.expm1(-h)

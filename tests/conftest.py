@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from happyhorse.pony import write_pony
+
+torch.set_num_threads(1)  # tests are small and run side by side: more threads only wait for each other
 
 
 @pytest.fixture(scope="session")

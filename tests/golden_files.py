@@ -1,4 +1,4 @@
-"""Golden tensors: found by the `kind` in their metadata, never by name, so that any set of them can be tried."""
+"""Golden tensors: found by the `kind` in their metadata, never by name, so that any set can be tried."""
 
 import json
 import os
@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
+OWN_DIR = Path(__file__).parent / "golden"
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or OWN_DIR)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,11 @@ def _open(path: Path) -> GoldenFile:
 
 def golden_files(kind: str) -> list[GoldenFile]:
     """All files of one kind; at least one, else the set is incomplete."""
-    found = [file for file in map(_open, sorted(GOLDEN_DIR.glob("*.safetensors"))) if file.config.get("kind") == kind]
+    found = [
+        file
+        for file in map(_open, sorted(GOLDEN_DIR.glob("*.safetensors")))
+        if file.config.get("kind") == kind
+    ]
     if not found:
         raise FileNotFoundError(f"no golden file of kind {kind!r} in {GOLDEN_DIR}")
     return found
@@ -53,3 +58,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     got, want = got.double(), want.double()
     return (torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want)).item()
+
+
+def full_size(network: str) -> dict[str, Any]:
+    """The published names and shapes of a network; facts, not recordings, so there is one set only."""
+    return json.loads((OWN_DIR / f"{network}_full_size.json").read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from happyhorse.model.geometry import SIZE_STEP
 from happyhorse.model.packing import Latents
 from happyhorse.model.prompt import TextStates
 from happyhorse.sampler import pipeline
+from happyhorse.sampler.guidance import DEFAULT_NEGATIVE_PROMPT
 
 AAC_FRAME = 1024 / FILM_RATE
 
@@ -30,7 +31,15 @@ class Film:
 
     def __init__(self, pony: Path, folder: Path, *options: str, name: str = "film") -> None:
         self.path, latents = folder / f"{name}.mp4", folder / f"{name}.safetensors"
-        arguments = ["generate", "--preset", "pony", "--models", str(pony), "--prompt", "a red circle bounces slow ."]
+        arguments = [
+            "generate",
+            "--preset",
+            "pony",
+            "--models",
+            str(pony),
+            "--prompt",
+            "a red circle bounces slow .",
+        ]
         outputs = ["--device", "cpu", "--out", str(self.path), "--save-latents", str(latents)]
         assert cli.main([*arguments, *outputs, *options]) == 0
         self.latents = Latents(**load_file(latents))
@@ -119,7 +128,9 @@ def test_an_image_is_the_first_frame(pony_folder: Path, tmp_path: Path, image: P
     want = frames_to_uint8(vae.decode(latent))[0]
     assert torch.equal(frames_to_uint8(vae.decode(film.latents.video))[0], want)
     blocks = [np.asarray(p, float).reshape(16, 8, 16, 8, 3).mean((1, 3)) for p in (film.frames[0], want)]
-    error = np.mean((blocks[0] - blocks[1]) ** 2)  # of blocks: noise loses its fine grain in the film's compression
+    error = np.mean(
+        (blocks[0] - blocks[1]) ** 2
+    )  # of blocks: noise loses its fine grain in the film's compression
     assert 10 * math.log10(255**2 / error) > 28
 
 
@@ -145,11 +156,13 @@ def test_audio_shorter_than_the_film_is_padded_with_silence(
     film.check(128, 128, 49)
     assert "the end is silent" in capsys.readouterr().err
     sound = read_audio(film.path, FILM_RATE, 2)
-    assert sound[:, : FILM_RATE].std() > 0.1
+    assert sound[:, :FILM_RATE].std() > 0.1
     assert sound[:, int(1.6 * FILM_RATE) :].abs().max() < 0.01
 
 
-def test_audio_without_seconds_sets_the_length_of_the_film(pony_folder: Path, tmp_path: Path, tone: Path) -> None:
+def test_audio_without_seconds_sets_the_length_of_the_film(
+    pony_folder: Path, tmp_path: Path, tone: Path
+) -> None:
     Film(pony_folder, tmp_path, "--audio", str(tone)).check(128, 128, 37)  # 1.5 s: A = 38, T = 10
 
 
@@ -182,7 +195,7 @@ def test_the_base_variant_uses_guidance(pony_folder: Path, tmp_path: Path) -> No
     options = ("--seconds", "1", "--variant", "base", "--steps", "6")
     film = Film(pony_folder, tmp_path, *options)
     film.check(128, 128, 25)
-    assert film.settings["negative"] == cli.DEFAULT_NEGATIVE_PROMPT
+    assert film.settings["negative"] == DEFAULT_NEGATIVE_PROMPT
     other = Film(pony_folder, tmp_path, *options, "--negative", "a blue square .", name="other")
     assert not torch.equal(other.latents.video, film.latents.video)
 
@@ -196,8 +209,12 @@ def test_super_resolution_enlarges_the_film_and_keeps_its_sound(
     assert torch.equal(film.latents.audio, plain.latents.audio)
     config = PONY.transformers[f"{sr}_sr"]
     assert bool(config.local_attn_layers) == (sr == "1080p")
-    assert config.frame_receptive_field < film.latents.video.shape[2] - 1, "the window must be smaller than the film"
-    with_image = Film(pony_folder, tmp_path, "--seconds", "1", "--sr", sr, "--image", str(image), name="image")
+    assert config.frame_receptive_field < film.latents.video.shape[2] - 1, (
+        "the window must be smaller than the film"
+    )
+    with_image = Film(
+        pony_folder, tmp_path, "--seconds", "1", "--sr", sr, "--image", str(image), name="image"
+    )
     vae = load(open_checkpoint(pony_folder / "wan22_vae.safetensors"), torch.float32)
     latent = vae.encode(prepare_image(read_image(image), side, side).unsqueeze(2))
     assert torch.equal(with_image.latents.video[:, :, :1], latent)
@@ -232,13 +249,14 @@ def test_golden_run_through_the_command_line(
 ) -> None:
     """A recorded run from text: its weights as a file, its random draws and its text states put in."""
     golden = next(
-        file for file in golden_files("e2e")
-        if not {"image", "audio_len", "sr_size"} & set(file.config) and file.config["cfg_number"] == 1
-    )  # fmt: skip
+        file for file in golden_files("e2e") if not {"image", "audio_len", "sr_size"} & set(file.config)
+    )
     meta, tensors = golden.config, golden.tensors()
-    model = write_recorded_transformer(golden, tmp_path / "distill")
+    variant = "distill" if meta["cfg_number"] == 1 else "base"
+    model = write_recorded_transformer(golden, tmp_path / variant)
     draws = iter([tensors[f"draw.{name}"] for name in meta["draw_order"]])
-    states = TextStates(tensors["in.text"][:, : meta["text_len"]], meta["text_len"], "")
+    lengths = {"text": meta["text_len"], "text_null": meta["text_null_len"]}
+    states = (TextStates(tensors[f"in.{name}"][:, :length], length, "") for name, length in lengths.items())
 
     class RecordedNoise:
         def __init__(self, seed: int) -> None:
@@ -256,10 +274,11 @@ def test_golden_run_through_the_command_line(
             return noise
 
     monkeypatch.setattr(pipeline, "FilmNoise", RecordedNoise)
-    monkeypatch.setattr(pipeline, "encode_prompt", lambda *_, **__: states)
+    monkeypatch.setattr(pipeline, "encode_prompt", lambda *_, **__: next(states))
     width, height = (side // SIZE_STEP * SIZE_STEP for side in meta["base_size"])
     film = Film(
-        pony_folder, tmp_path, "--model", str(model), "--dtype", "float32", "--size", f"{width}x{height}",
+        pony_folder, tmp_path, "--model", str(model), "--variant", variant, "--dtype", "float32",
+        "--size", f"{width}x{height}",
         "--seconds", str(meta["seconds"]), "--seed", str(meta["seed"]), "--steps", str(meta["steps"]),
     )  # fmt: skip
     for stream in Latents._fields:

@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BELOW = {"kernels": set(), "model": {"kernels"}, "sampler": {"kernels", "model", "media"}}  # what each may import
+BELOW = {
+    "kernels": set(),
+    "model": {"kernels"},
+    "sampler": {"kernels", "model", "media"},
+}  # what each may import
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "node_helpers", "nodes"}
 
 
 def imported(file: Path) -> set[str]:
-    """Names of the modules a file imports: `.`-relative ones resolved from the root, others by their first part."""
+    """Names of the modules a file imports: `.`-relative ones resolved from the root, others by their first
+    part.
+    """
     package = file.relative_to(ROOT).parent.parts
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -280,9 +280,10 @@ def test_colours_survive_in_video_range_bt709(tmp_path: Path) -> None:
         planes = next(container.decode(video=0)).to_ndarray(format="yuv420p")  # [H * 3 / 2, W]
     y = planes[16:64:32, 16::32]
     u, v = (plane.reshape(32, 64)[8::16, 8::16] for plane in (planes[64:80], planes[80:96]))
-    luma, blue, red = ((torch.from_numpy(x).double() - zero) / span for x, zero, span in zip(
-        (y, u, v), (16, 128, 128), (219, 224, 224), strict=True
-    ))
+    luma, blue, red = (
+        (torch.from_numpy(x).double() - zero) / span
+        for x, zero, span in zip((y, u, v), (16, 128, 128), (219, 224, 224), strict=True)
+    )
     r, b = luma + 1.5748 * red, luma + 1.8556 * blue
     g = (luma - 0.2126 * r - 0.0722 * b) / 0.7152
     got = torch.stack([r, g, b], dim=-1).clamp(0, 1) * 255
@@ -375,7 +376,9 @@ def test_a_place_where_no_film_can_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
-    write_film(tmp_path / "before.mp4", noisy_frames(2), torch.zeros(2, RATE // 25 * 2))  # imports what it needs
+    write_film(
+        tmp_path / "before.mp4", noisy_frames(2), torch.zeros(2, RATE // 25 * 2)
+    )  # imports what it needs
     tmp_path.chmod(0o500)
     film = media.FilmWriter(tmp_path / "film.mp4", 128, 64)
     with unprivileged(), pytest.raises(PermissionError, match="could not be written"), film:

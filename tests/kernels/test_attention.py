@@ -28,13 +28,17 @@ def test_full_attention_with_grouped_heads_is_the_definition(groups: int) -> Non
 
 @pytest.mark.parametrize("windowed", [attention, windowed_by_joining, windowed_by_merging])
 @pytest.mark.parametrize(("frames", "radius"), [(1, 0), (5, 0), (5, 1), (5, 3), (5, 4), (7, 11)])
-def test_frame_windows_are_one_softmax_over_window_and_other_tokens(windowed, frames: int, radius: int) -> None:
+def test_frame_windows_are_one_softmax_over_window_and_other_tokens(
+    windowed, frames: int, radius: int
+) -> None:
     window = FrameWindow(frames, tokens_per_frame=6, radius=radius)
     q, k, v = random_qkv(frames * 6 + 9, 4, 2, torch.float32)
     want = attention_reference(q.double(), k.double(), v.double(), window)
     assert worst(windowed(q, k, v, window), want) < 2e-6
     if radius < frames - 1:
-        assert worst(attention(q, k, v), want) > 1e-2, "the window must make a difference for this test to mean something"
+        assert worst(attention(q, k, v), want) > 1e-2, (
+            "the window must make a difference for this test to mean something"
+        )
 
 
 def test_cpu_attention_in_bfloat16_only_rounds_its_result() -> None:

@@ -1,13 +1,12 @@
 """The audio VAE against recorded tensors, and the pieces it works in."""
 
 import copy
-import json
 import math
 from typing import Any
 
 import pytest
 import torch
-from golden_files import GOLDEN_DIR, GoldenFile, golden_files, relative_error, weights
+from golden_files import GoldenFile, full_size, golden_files, relative_error, weights
 from torch import Tensor
 
 from happyhorse.model import audio_vae
@@ -83,7 +82,7 @@ def test_golden_audio_post(file: GoldenFile) -> None:
 
 
 def test_golden_full_size_names_and_shapes() -> None:
-    published = json.loads((GOLDEN_DIR / "oobleck_full_size.json").read_text())
+    published = full_size("oobleck")
     config = audio_vae.from_published(published["config"])
     assert config == PRESETS["magihuman"].audio_vae
     with torch.device("meta"):
@@ -218,9 +217,7 @@ def published(**changes: Any) -> dict[str, Any]:
         "io_channels": 2,
     }
     pretransform = {"type": "autoencoder", "config": vae}
-    values = copy.deepcopy(
-        {"sample_rate": 44100, "model": {"pretransform": pretransform, "diffusion": {}}}
-    )
+    values = copy.deepcopy({"sample_rate": 44100, "model": {"pretransform": pretransform, "diffusion": {}}})
     for path, value in changes.items():
         *parents, name = path.split(".")
         target = values

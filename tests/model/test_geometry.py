@@ -8,7 +8,16 @@ from happyhorse.model.geometry import FilmShape, audio_latents, super_resolution
 
 @pytest.mark.parametrize(
     ("seconds", "latents", "frames"),
-    [(0.2, 6, 5), (1, 26, 25), (2, 51, 49), (3, 76, 73), (4, 101, 101), (5, 126, 125), (8, 201, 201), (10, 251, 249)],
+    [
+        (0.2, 6, 5),
+        (1, 26, 25),
+        (2, 51, 49),
+        (3, 76, 73),
+        (4, 101, 101),
+        (5, 126, 125),
+        (8, 201, 201),
+        (10, 251, 249),
+    ],
 )
 def test_seconds_give_latents_and_frames(seconds: float, latents: int, frames: int) -> None:
     shape = FilmShape.from_seconds(448, 256, seconds)
@@ -32,7 +41,9 @@ def test_lengths_off_the_grid_name_the_nearest() -> None:
         audio_latents(2.5)
 
 
-@pytest.mark.parametrize(("size", "nearest"), [((450, 256), "448x256"), ((16, 64), "32x64"), ((0, 0), "32x32")])
+@pytest.mark.parametrize(
+    ("size", "nearest"), [((450, 256), "448x256"), ((16, 64), "32x64"), ((0, 0), "32x32")]
+)
 def test_other_sizes_are_refused_with_the_nearest(size: tuple[int, int], nearest: str) -> None:
     with pytest.raises(ValueError, match=f"got {size[0]}x{size[1]}; the nearest is {nearest}"):
         FilmShape.from_seconds(*size, 1)

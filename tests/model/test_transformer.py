@@ -1,8 +1,6 @@
-import json
-
 import pytest
 import torch
-from golden_files import GOLDEN_DIR, GoldenFile, golden_files, relative_error, weights
+from golden_files import GoldenFile, full_size, golden_files, relative_error, weights
 
 from happyhorse.model.config import MAGIHUMAN, VARIANTS, TransformerConfig
 from happyhorse.model.packing import Latents, PackedLayout, patchify
@@ -10,7 +8,9 @@ from happyhorse.model.rope import rope_table
 from happyhorse.model.transformer import JointTransformer
 
 
-def load(config: TransformerConfig, state: dict[str, torch.Tensor], compute_dtype: torch.dtype) -> JointTransformer:
+def load(
+    config: TransformerConfig, state: dict[str, torch.Tensor], compute_dtype: torch.dtype
+) -> JointTransformer:
     with torch.device("meta"):
         network = JointTransformer(config, compute_dtype=compute_dtype)
     network.load_state_dict(state, strict=True, assign=True)
@@ -95,7 +95,7 @@ def test_golden_first_layer(golden: Golden) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_full_size_names_shapes_and_counts_are_the_published_ones(variant: str) -> None:
-    published = json.loads((GOLDEN_DIR / "dit_full_size.json").read_text())
+    published = full_size("dit")
     config = MAGIHUMAN.transformers[variant]
     with torch.device("meta"):
         network = JointTransformer(config)

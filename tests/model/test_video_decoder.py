@@ -1,10 +1,9 @@
-import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from golden_files import GOLDEN_DIR, GoldenFile, golden_files, relative_error, weights
+from golden_files import GoldenFile, full_size, golden_files, relative_error, weights
 from torch import Tensor
 
 from happyhorse.model.config import LATENT_MEAN, LATENT_STD, MAGIHUMAN, PONY, VideoDecoderConfig
@@ -12,7 +11,7 @@ from happyhorse.model.video_decoder import VideoDecoder, from_published
 
 TOLERANCE = 1e-4
 TINY = replace(PONY.video_decoder, decoder_block_out_channels=(4, 4, 8, 8))
-PUBLISHED = json.loads((GOLDEN_DIR / "turbo_vaed_full_size.json").read_text())
+PUBLISHED = full_size("turbo_vaed")
 
 
 def on_meta(config: VideoDecoderConfig) -> VideoDecoder:

@@ -1,10 +1,9 @@
-import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from golden_files import GOLDEN_DIR, GoldenFile, golden_files, relative_error, weights
+from golden_files import GoldenFile, full_size, golden_files, relative_error, weights
 from torch import Tensor
 
 from happyhorse.model.config import LATENT_MEAN, LATENT_STD, MAGIHUMAN, PONY, VideoVAEConfig
@@ -94,7 +93,7 @@ def test_golden_video_vae_decoder(file: GoldenFile) -> None:
 
 
 def test_the_full_size_network_has_the_published_tensors() -> None:
-    published = json.loads((GOLDEN_DIR / "wan22_vae_full_size.json").read_text())
+    published = full_size("wan22_vae")
     assert config_of(published["config"]) == MAGIHUMAN.video_vae
     state = on_meta(MAGIHUMAN.video_vae).state_dict()
     assert {name: list(tensor.shape) for name, tensor in state.items()} == published["parameters"]

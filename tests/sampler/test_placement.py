@@ -64,7 +64,7 @@ def test_an_error_inside_a_streamed_layer_puts_its_weights_back(pony_folder: Pat
     transformer = load(open_checkpoint(pony_folder / "distill"), torch.bfloat16)
     homes = [p.data_ptr() for p in transformer.block.layers.parameters()]
 
-    def fail(x: torch.Tensor) -> torch.Tensor:
+    def fail(_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError):
@@ -74,7 +74,9 @@ def test_an_error_inside_a_streamed_layer_puts_its_weights_back(pony_folder: Pat
 
 def test_the_plan_counts_the_weights_exactly(pony_folder: Path) -> None:
     checkpoint = open_checkpoint(pony_folder / "distill")
-    made = plan_film({"transformer": checkpoint}, FilmShape(128, 128, 26), None, torch.bfloat16, torch.float32)
+    made = plan_film(
+        {"transformer": checkpoint}, FilmShape(128, 128, 26), None, torch.bfloat16, torch.float32
+    )
     state = load(checkpoint, torch.bfloat16).state_dict()
     assert made.stages[0].weights == sum(t.nbytes for t in state.values())
     layers = [sum(t.nbytes for n, t in state.items() if n.startswith(f"block.layers.{i}.")) for i in range(6)]
@@ -96,18 +98,21 @@ PLAN = Plan((Stage("text encoder", 18 * GB, 4 * GB, GB), Stage("transformer", 30
 
 
 @pytest.mark.parametrize(
-    ("free", "offload"), [(60, "none"), (51, "none"), (50, "stage"), (33, "stage"), (32, "blocks"), (5, "blocks"), (4, None)]
+    ("free", "offload"),
+    [(60, "none"), (51, "none"), (50, "stage"), (33, "stage"), (32, "blocks"), (5, "blocks"), (4, None)],
 )
 def test_the_fastest_placement_that_fits_is_chosen(free: int, offload: str | None) -> None:
     assert PLAN.choose(free * GB) == offload
 
 
 def test_what_would_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("happyhorse.sampler.plan.free_memory", lambda device: 20 * GB)
+    monkeypatch.setattr("happyhorse.sampler.plan.free_memory", lambda _: 20 * GB)
     assert require_fit(PLAN, "auto", CPU, []) == "blocks"
-    with pytest.raises(MemoryError, match=r"51.00 GB on cpu with --offload none.*would fit: --offload blocks"):
+    with pytest.raises(
+        MemoryError, match=r"51.00 GB on cpu with --offload none.*would fit: --offload blocks"
+    ):
         require_fit(PLAN, "none", CPU, [])
     smaller = [("--seconds 2", Plan((Stage("transformer", GB, GB, GB),)))]
-    monkeypatch.setattr("happyhorse.sampler.plan.free_memory", lambda device: 3 * GB)
+    monkeypatch.setattr("happyhorse.sampler.plan.free_memory", lambda _: 3 * GB)
     with pytest.raises(MemoryError, match="what would fit: --seconds 2"):
         require_fit(PLAN, "auto", CPU, smaller)

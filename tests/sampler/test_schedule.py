@@ -34,7 +34,9 @@ def test_golden_few_step_update(golden: GoldenFile) -> None:
     tensors, meta = golden.tensors(), golden.config
     sigmas = flow_sigmas(meta["few_step_steps"], meta["shift"]).tolist()
     for index in meta["few_step_indices"]:
-        x, velocity, noise, want = (tensors[f"few_step.{index}.{name}"] for name in ("x", "velocity", "noise", "out"))
+        x, velocity, noise, want = (
+            tensors[f"few_step.{index}.{name}"] for name in ("x", "velocity", "noise", "out")
+        )
         got = renoise(both(x - sigmas[index] * velocity), sigmas[index + 1], both(noise)).video
         assert relative_error(got, want) < 1e-5
 

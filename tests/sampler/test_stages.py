@@ -14,7 +14,7 @@ E2E = pytest.mark.parametrize("golden", golden_files("e2e"), ids=str)
 
 
 def recorded_network(file: GoldenFile, part: str, velocities: list[Latents]) -> Network:
-    """The transformer `part` ('base' or 'sr') of a recorded run, in float32; keeps the velocities it returns."""
+    """The transformer `part` ('base' or 'sr') of a recorded run, in float32; keeps its velocities."""
     source = file.beside(file.config["weights_file"])
     config = TransformerConfig.from_dict(
         source.config[f"{part}_arch"]
@@ -73,7 +73,9 @@ class Run:
         """Compare every step's latents with the recorded ones, in which a held sound is left untouched."""
 
         def check(index: int, latents: Latents, denoised: Latents) -> None:  # noqa: ARG001
-            self.compare(f"step.{self.done:02}", latents if held_audio is None else latents._replace(audio=held_audio))
+            self.compare(
+                f"step.{self.done:02}", latents if held_audio is None else latents._replace(audio=held_audio)
+            )
             self.done += 1
 
         return check
@@ -101,7 +103,7 @@ def test_golden_sampling_runs(golden: GoldenFile) -> None:
         recorded_network(golden, "base", velocities), start, run.text,
         negative=run.negative if guided else None, few_step=not guided, steps=meta["steps"],
         noise_fn=run.step_noise, conditions=Conditions(run.image(rounded(meta["base_size"])), held),
-        callback=run.check_step(held),
+        shift=meta["shift"], callback=run.check_step(held),
     )  # fmt: skip
     if not guided:
         for stream in Latents._fields:
@@ -114,7 +116,7 @@ def test_golden_sampling_runs(golden: GoldenFile) -> None:
             recorded_network(golden, "sr", velocities), latents, noise, run.text,
             negative=run.negative if sr_guided else None, steps=meta["sr_steps"],
             first_frame=run.image(rounded(meta["sr_size"])),
-            callback=run.check_step(mix_audio(latents.audio, noise.audio)),
+            shift=meta["shift"], callback=run.check_step(mix_audio(latents.audio, noise.audio)),
         )  # fmt: skip
     run.compare("out", latents)
     assert next(run.draws, None) is None, "every recorded draw must be used"

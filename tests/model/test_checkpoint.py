@@ -452,7 +452,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path: Path) -> None:
     for name, write in (("plain.pth", pickle.dump), ("torch.ckpt", torch.save)):
         with (tmp_path / name).open("wb") as stream:
             write({"encoder": torch.ones(1), "attack": Attack()}, stream)
-        with pytest.raises(ValueError, match=r"was not loaded, because it can run code"):
+        with pytest.raises(ValueError, match=r"was not loaded, for it can run code"):
             open_weights(tmp_path / name)
         assert not (tmp_path / "attacked").exists()
 

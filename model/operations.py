@@ -79,6 +79,11 @@ class Embedding(nn.Embedding):
     """Rows of `weight`, in the dtype they are stored in."""
 
 
+def _rows(x: Tensor, weight: Tensor) -> Tensor:
+    # a slice of a sequence would be taken for a batch of matrices, which is slower than one product
+    return F.linear(x.flatten(0, 1), weight).unflatten(0, x.shape[:2])
+
+
 class ModalityLinear(nn.Module):
     """An unbiased linear whose weight stacks one copy per modality (video, audio, text) along its first axis.
 
@@ -105,7 +110,7 @@ class ModalityLinear(nn.Module):
         if self.modalities == 1:
             return F.linear(x, weight)
         copies = zip(spans, weight.chunk(self.modalities), strict=True)
-        return torch.cat([F.linear(x[:, start:stop], copy) for (start, stop), copy in copies], dim=1)
+        return torch.cat([_rows(x[:, start:stop], copy) for (start, stop), copy in copies], dim=1)
 
 
 class ModalityRMSNorm(nn.Module):

@@ -34,4 +34,5 @@ def apply_rope(x: Tensor, table: Tensor) -> Tensor:
     width = table.shape[1] // 2
     sin, cos = table.unsqueeze(1).split(width, dim=2)  # [S, 1, R] each
     first, second, rest = x.split((width, width, x.shape[-1] - 2 * width), dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat((*turned, rest), dim=-1)

@@ -207,5 +207,5 @@ def gelu7(u: Tensor) -> Tensor:
 
 def swiglu7(u: Tensor) -> Tensor:
     """gelu7 of the even entries times (1 + the odd entries limited to [-7, 7]); halves the last axis."""
-    gate, value = u[..., 0::2], u[..., 1::2]
-    return gelu7(gate) * (value.clamp(-7, 7) + 1)
+    gate, value = gelu7(u[..., 0::2]), u[..., 1::2].clamp(-7, 7)
+    return torch.addcmul(gate, gate, value)

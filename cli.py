@@ -5,29 +5,27 @@ import json
 import logging
 import math
 import os
-import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from . import __version__, pony
+from . import __version__
+from .doctor import doctor
 from .media import read_audio
 from .model import catalog
 from .model.audio_vae import ENCODE_RATE
 from .model.checkpoint import Checkpoint, check_names, describe, open_checkpoint
-from .model.config import PRESETS, VARIANTS, Preset
+from .model.config import PRESETS, Preset
 from .model.geometry import FPS, MAX_SECONDS, MIN_SECONDS, FilmShape, super_resolution_size
 from .model.weight_files import write_tensors
-from .options import DTYPES, parser
+from .options import DTYPES, default_device, models_folder, parser, sentence
 from .sampler.parts import Parts
 from .sampler.pipeline import FilmRequest, generate, write_film
-from .sampler.plan import Plan, free_memory, plan_film, require_fit, table
+from .sampler.plan import Plan, plan_film, require_fit
 from .sampler.stages import RECIPES
 
 log = logging.getLogger("happyhorse")
@@ -39,42 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for input that cannot be used, 130 when interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        options = parser(_generate, _inspect, _doctor).parse_args(arguments)
+        options = parser(_generate, _inspect, doctor).parse_args(arguments)
         with torch.inference_mode():
             options.run(options)
     except KeyboardInterrupt:
         sys.stderr.write("\nhappyhorse: interrupted; no film was written\n")
         return 130
     except (ValueError, OSError, MemoryError) as error:
-        sys.stderr.write(f"happyhorse: {_sentence(error)}\n")
+        sys.stderr.write(f"happyhorse: {sentence(error)}\n")
         return 2
     except torch.OutOfMemoryError as error:
         sys.stderr.write(f"happyhorse: the device is out of memory ({str(error).splitlines()[0]}); "
                          "try --offload blocks, fewer --seconds or a smaller --size\n")  # fmt: skip
         return 2
     return 0
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split())
-
-
-def _default_device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-def _models_folder(options: argparse.Namespace) -> Path:
-    if options.models is None and options.preset == "pony":
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "happyhorse"
-        try:
-            return pony.ensure_pony(cache / f"pony-{pony.VERSION}")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"the pony cannot be written to {cache} ({error}); set XDG_CACHE_HOME"
-            ) from error
-    return options.models or Path("models")
 
 
 def _open_parts(options: argparse.Namespace, folder: Path) -> dict[str, Checkpoint]:
@@ -102,8 +78,8 @@ def _generate(options: argparse.Namespace) -> None:
     _check_output(options.out, ".mp4")
     if options.save_latents:
         _check_output(options.save_latents, ".safetensors")
-    checkpoints = _open_parts(options, _models_folder(options))
-    device, dtype = options.device or _default_device(), DTYPES[options.dtype]
+    checkpoints = _open_parts(options, models_folder(options))
+    device, dtype = options.device or default_device(), DTYPES[options.dtype]
     vae_dtype = torch.float32 if device.type == "cpu" else dtype
 
     def plan(shape: FilmShape, large: FilmShape | None) -> Plan:
@@ -228,55 +204,3 @@ class Bars:
 def _inspect(options: argparse.Namespace) -> None:
     for path in options.files:
         sys.stdout.write(f"{describe(path)}\n")
-
-
-def _doctor(options: argparse.Namespace) -> None:
-    device = options.device or _default_device()
-    lines = [f"happyhorse {__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    lines.append(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
-    lines.append(f"device {device}: {free_memory(device) / 1e9:.1f} GB free; "
-                 f"RAM: {free_memory(torch.device('cpu')) / 1e9:.1f} GB free")  # fmt: skip
-    sys.stdout.write("\n".join(lines) + "\n")
-    checkpoints = _found_parts(options, _models_folder(options))
-    sys.stdout.write("\n".join(_needs(options, checkpoints, device)) + "\n")
-
-
-def _found_parts(options: argparse.Namespace, folder: Path) -> dict[str, Checkpoint]:
-    found = {}
-    for name in catalog.SOURCES:
-        option = {"video_decoder": "turbo"}.get(name, name)
-        given = getattr(options, f"path_{option}", None)
-        try:
-            path = given or catalog.find(name, folder)
-            found[name] = open_checkpoint(path, "transformer" if name in VARIANTS else name,
-                                          name if name in VARIANTS else None)  # fmt: skip
-            sys.stdout.write(f"{name}: {path}\n")
-        except (ValueError, OSError) as error:
-            sys.stdout.write(f"{name}: {_sentence(error)}\n")
-    return found
-
-
-def _needs(options: argparse.Namespace, found: dict[str, Checkpoint], device: torch.device) -> list[str]:
-    """What films of the preset's first size need, plain and with both super-resolutions."""
-    preset, dtype = PRESETS[options.preset], DTYPES[options.dtype]
-    size = preset.sizes[preset.default_aspect]
-    shape = FilmShape.from_seconds(*size, options.seconds or preset.default_seconds)
-    lines = []
-    for sr in (None, "540p", "1080p"):
-        names = {"text_encoder": "text_encoder", "transformer": "distill", "video_decoder": "video_decoder",
-                 "audio_vae": "audio_vae"} | ({"super_resolution": f"{sr}_sr"} if sr else {})  # fmt: skip
-        parts = {role: found[name] for role, name in names.items() if name in found}
-        if len(parts) < len(names):
-            continue
-        large = sr and shape.resized(super_resolution_size(sr, size, preset.pixels_1080p))
-        final = large or shape
-        lines.append(f"\n{final.width}x{final.height}, {shape.seconds:g} s, {options.dtype} (computed):")
-        lines.append(table(plan_film(parts, shape, large, dtype, torch.float32), device))
-    return lines or ["not all parts are there, so no needs can be computed"]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"

@@ -1,13 +1,15 @@
 """The command line's options: what each accepts, and one sentence for what it does not."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+from safetensors import SafetensorError
 
-from . import __version__
+from . import __version__, pony
 from .media import UPSCALE_MODES
 from .model.config import PRESETS
 from .model.geometry import FPS, MAX_SECONDS, MIN_SECONDS
@@ -179,3 +181,30 @@ def _device(text: str) -> torch.device:
         first = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({first}); try cpu") from error
     return device
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine, else the CPU."""
+    if torch.accelerator.is_available():  # a build for an accelerator may run on a machine without one
+        return torch.accelerator.current_accelerator()
+    return torch.device("cpu")
+
+
+def models_folder(options: argparse.Namespace) -> Path:
+    """The folder of models asked for; the pony's is written first if it is not there."""
+    if options.models is None and options.preset == "pony":
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "happyhorse"
+        try:
+            return pony.ensure_pony(cache / f"pony-{pony.VERSION}")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"the pony cannot be written to {cache} ({error}); set XDG_CACHE_HOME"
+            ) from error
+    return options.models or Path("models")
+
+
+def sentence(error: Exception) -> str:
+    """An error as one line for the user."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split())

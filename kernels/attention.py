@@ -73,7 +73,7 @@ def windowed_by_joining(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow) ->
 def windowed_by_merging(
     q: Tensor, k: Tensor, v: Tensor, window: FrameWindow, part_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Windowed attention on a CPU: the near frames and the tokens after the video apart, merged by their sums.
+    """Windowed attention on a CPU: the near frames and the tokens after the video apart, merged by sums.
 
     Both parts are rounded to `part_dtype` before they are merged, as in the recorded runs.
     """

@@ -1,11 +1,22 @@
 """`python -m happyhorse ...`, or `python FOLDER ...` for the folder this file lies in."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a folder: make it the package `happyhorse`, whatever the folder is called
-    import importlib.util
 
+def main() -> int:
+    """Run the command line and return its exit code; Ctrl-C ends it quietly even during the imports."""
+    try:
+        from happyhorse.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        return 130
+
+
+def _be_a_package() -> None:
+    """Make the folder of this file the package `happyhorse`, whatever it is called."""
     root = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != root]
     spec = importlib.util.spec_from_file_location(
@@ -15,6 +26,8 @@ if not __package__:  # run as a folder: make it the package `happyhorse`, whatev
     sys.modules["happyhorse"] = package
     spec.loader.exec_module(package)
 
-from happyhorse.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    if not __package__:
+        _be_a_package()
+    sys.exit(main())

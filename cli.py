@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "av", "numpy", "pillow", "eino
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for input that cannot be used, 130 when interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default
     try:
         options = parser(_generate, _inspect, doctor).parse_args(arguments)
         with torch.inference_mode():
@@ -46,9 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         sys.stderr.write(f"happyhorse: {sentence(error)}\n")
         return 2
-    except torch.OutOfMemoryError as error:
-        sys.stderr.write(f"happyhorse: the device is out of memory ({str(error).splitlines()[0]}); "
-                         "try --offload blocks, fewer --seconds or a smaller --size\n")  # fmt: skip
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        cure = "try --offload blocks, fewer --seconds or a smaller --size"
+        sys.stderr.write(f"happyhorse: out of memory ({str(error).splitlines()[0]}); {cure}\n")
         return 2
     return 0
 
@@ -94,9 +96,8 @@ def _generate(options: argparse.Namespace) -> None:
         film = generate(parts, request, bars.progress, bars.notice)
         if options.save_latents:
             write_tensors(options.save_latents, film.latents._asdict())
-        write_film(
-            parts, film, options.out, _metadata(options, request, checkpoints, device), request, bars.progress
-        )
+        metadata = _metadata(options, request, checkpoints, device)
+        write_film(parts, film, options.out, metadata, bars.progress, options.upscale)
     note = checkpoints["transformer"].file.metadata.get("note")
     sys.stdout.write(f"{options.out.resolve()}{f' ({note})' if note else ''}\n")
 
@@ -112,16 +113,14 @@ def _request(options: argparse.Namespace, preset: Preset) -> FilmRequest:
     large = options.sr and shape.resized(super_resolution_size(options.sr, size, preset.pixels_1080p))
     return FilmRequest(
         options.prompt, options.negative, shape, large, options.seed, options.steps, options.image,
-        options.audio, options.audio_mode, options.audio_encoding == "sample", options.upscale,
+        options.audio, options.audio_mode, options.audio_encoding == "sample",
     )  # fmt: skip
 
 
 def _sound_seconds(audio: Path) -> float:
     """The length of a sound file on the grid of film lengths."""
-    seconds = read_audio(audio, ENCODE_RATE, 1).shape[1] / ENCODE_RATE
-    if seconds > MAX_SECONDS:
-        log.warning("%s lasts %.1f s; the film ends after %g", audio, seconds, MAX_SECONDS)
-    return min(max(math.floor(seconds * FPS) / FPS, MIN_SECONDS), MAX_SECONDS)
+    samples = read_audio(audio, ENCODE_RATE, 1, MAX_SECONDS + 1).shape[1]
+    return min(max(samples * FPS // ENCODE_RATE / FPS, MIN_SECONDS), MAX_SECONDS)
 
 
 def _smaller(
@@ -165,8 +164,8 @@ def _metadata(
         "audio_mode": request.audio_mode if request.audio else None,
         "audio_encoding": options.audio_encoding if request.audio else None,
         "seed": request.seed, "steps": request.steps or RECIPES[transformer.variant].steps,
-        "size": f"{request.shape.width}x{request.shape.height}", "seconds": request.shape.seconds,
-        "sr": options.sr, "final_size": f"{final.width}x{final.height}", "upscale": request.upscale,
+        "size": f"{request.shape.width}x{request.shape.height}", "seconds": request.shape.asked_seconds,
+        "sr": options.sr, "final_size": f"{final.width}x{final.height}", "upscale": options.upscale,
         "decoder": options.decoder, "dtype": options.dtype,
     }  # fmt: skip
     return {"comment": json.dumps({name: value for name, value in settings.items() if value is not None})}
@@ -202,5 +201,11 @@ class Bars:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    failures = []
     for path in options.files:
-        sys.stdout.write(f"{describe(path)}\n")
+        try:
+            sys.stdout.write(f"{describe(path)}\n")
+        except (ValueError, OSError) as error:
+            failures.append(sentence(error))
+    if failures:
+        raise ValueError("; ".join(failures))

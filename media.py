@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-FILM_SAMPLE_RATE = 44100
+from .model.geometry import FILM_RATE
+
 AAC_FRAME = 1024  # samples that one packet of sound holds
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 UPSCALE_MODES = ("bilinear", "nearest", "bicubic")
@@ -51,6 +52,10 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except (PermissionError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
+        ) from error
     except Exception as error:  # Pillow's readers raise many kinds, SyntaxError and struct.error among them
         accepted = ", ".join(IMAGE_FORMATS)
         raise ValueError(f"{path} is not a readable image (damaged, or none of {accepted})") from error
@@ -287,7 +292,7 @@ class FilmWriter:
         video.color_range = ColorRange.MPEG
         video.thread_type, video.thread_count = "FRAME", 8  # fixed, for the outcome depends on it
         if self.sound:
-            self._audio = self._container.add_stream("aac", rate=FILM_SAMPLE_RATE)
+            self._audio = self._container.add_stream("aac", rate=FILM_RATE)
             self._audio.codec_context.layout = "stereo"
             self._audio.codec_context.bit_rate = 192_000
         self._container.start_encoding()
@@ -321,9 +326,9 @@ class FilmWriter:
         if waveform.ndim != 2 or waveform.shape[0] != 2 or not waveform.isfinite().all():
             raise ValueError(f"sound must be finite and [2 channels, samples], got {list(waveform.shape)}")
         samples = waveform.detach().float().clamp(-1, 1).cpu()
-        for block in samples.split(FILM_SAMPLE_RATE, dim=1):
+        for block in samples.split(FILM_RATE, dim=1):
             frame = av.AudioFrame.from_ndarray(block.contiguous().numpy(), format="fltp", layout="stereo")
-            frame.sample_rate, frame.time_base = FILM_SAMPLE_RATE, Fraction(1, FILM_SAMPLE_RATE)
+            frame.sample_rate, frame.time_base = FILM_RATE, Fraction(1, FILM_RATE)
             frame.pts = self.samples
             self.samples += block.shape[1]
             with self._writing():
@@ -339,7 +344,7 @@ class FilmWriter:
             self._discard()
 
     def _finish(self) -> None:
-        picture = self.frames * FILM_SAMPLE_RATE / self.fps
+        picture = self.frames * FILM_RATE / self.fps
         if not self.frames:
             raise ValueError(f"{self.path} was given no frames, so there is no film to write")
         if self.sound and not self.samples:

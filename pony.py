@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .model.audio_vae import AudioVAE
+from .model.audio_vae import AudioVAE, published_config
 from .model.checkpoint import storage_dtype
 from .model.config import PONY, VARIANTS, Config
+from .model.geometry import FILM_RATE
 from .model.text_encoder import TextEncoder
 from .model.tiny_tokenizer import tiny_tokenizer
 from .model.transformer import JointTransformer
@@ -65,9 +66,9 @@ def write_pony(folder: Path, seed: int = 0) -> None:
         folder, "video_vae", VideoVAE(PONY.video_vae), PONY.video_vae, seed + 6, name="wan22_vae.safetensors"
     )
     _write(folder / "audio_vae", "audio_vae", AudioVAE(PONY.audio_vae), PONY.audio_vae, seed + 7)
-    (folder / "audio_vae" / "model_config.json").write_text(
-        json.dumps(_audio_json(), indent=2), encoding="utf-8"
-    )
+    pretransform = {"type": "autoencoder", "config": published_config(PONY.audio_vae)}
+    published = {"sample_rate": FILM_RATE, "model": {"pretransform": pretransform}}
+    (folder / "audio_vae" / "model_config.json").write_text(json.dumps(published), encoding="utf-8")
 
 
 def _write(
@@ -105,30 +106,3 @@ def random_weight(name: str, tensor: Tensor, generator: torch.Generator) -> Tens
     if "embed_tokens" in name:
         return torch.randn(tensor.shape, generator=generator)
     return torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5
-
-
-def _audio_json() -> dict:
-    """The audio VAE's configuration in the form of stable-audio-open's model_config.json."""
-    config = PONY.audio_vae
-    shared = {
-        "channels": config.channels,
-        "c_mults": config.c_mults,
-        "strides": config.strides,
-        "use_snake": True,
-    }
-    encoder = {"in_channels": config.io_channels, "latent_dim": 2 * config.latent_dim, **shared}
-    decoder = {
-        "out_channels": config.io_channels,
-        "latent_dim": config.latent_dim,
-        "final_tanh": False,
-        **shared,
-    }
-    pretransform = {
-        "encoder": {"type": "oobleck", "config": encoder},
-        "decoder": {"type": "oobleck", "config": decoder},
-        "bottleneck": {"type": "vae"},
-        "latent_dim": config.latent_dim,
-        "downsampling_ratio": config.samples_per_latent,
-        "io_channels": config.io_channels,
-    }
-    return {"sample_rate": 44100, "model": {"pretransform": {"type": "autoencoder", "config": pretransform}}}

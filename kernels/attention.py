@@ -33,6 +33,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None
 
     Uses PyTorch's fused attention; windows are taken frame by frame, without a mask of S x S.
     """
+    # With fewer key heads than query heads, most fused kernels step aside for one that makes the whole matrix
+    # of scores; copies of the keys and values cost little beside that.
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if q.device.type != "cpu":
         return _fused(q, k, v) if _sees_all(window) else windowed_by_joining(q, k, v, window)
     # PyTorch's CPU kernel rounds the softmax weights to the dtype of the input. In bfloat16 that alone moves
@@ -44,7 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _sees_all(window: FrameWindow | None) -> bool:
@@ -58,7 +61,9 @@ def _near(window: FrameWindow, frame: int) -> slice:
 
 
 def windowed_by_joining(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow) -> Tensor:
-    """Windowed attention on any device: every frame attends to its keys copied into one piece."""
+    """Windowed attention on any device, as many key heads as query heads: every frame attends to its keys
+    copied into one piece.
+    """
     size, video = window.tokens_per_frame, window.frames * window.tokens_per_frame
     pieces = []
     for frame in range(window.frames):

@@ -16,10 +16,9 @@ from torch.nn import functional as F
 
 from . import operations
 from .config import AudioVAEConfig
+from .geometry import FILM_RATE
 
-LATENT_RATE = 25  # latents per second
 ENCODE_RATE = 51200  # samples per second that the VAE encodes and decodes
-FILM_RATE = 44100  # samples per second of a finished film
 WINDOW_SECONDS = 29  # driving audio longer than this is encoded in overlapping windows
 
 DILATIONS = (1, 3, 9)
@@ -323,7 +322,7 @@ def from_published(values: Mapping[str, Any]) -> AudioVAEConfig:
         }
     )
     _check_sizes(config)
-    accepted = dict(_flat(_published(config)))
+    accepted = dict(_flat(published_config(config)))
     wrong = [
         f"{name} must be {accepted.get(name, 'absent')!r}, got {given.get(name, 'nothing')!r}"
         for name in sorted(accepted.keys() | given.keys())
@@ -337,8 +336,8 @@ def from_published(values: Mapping[str, Any]) -> AudioVAEConfig:
 _IGNORED = ("encoder.requires_grad", "decoder.requires_grad")  # a matter of training
 
 
-def _published(config: AudioVAEConfig) -> dict[str, Any]:
-    """The published form of `config`, with all that is fixed in this implementation."""
+def published_config(config: AudioVAEConfig) -> dict[str, Any]:
+    """Return the published form of `config`, with all that is fixed in this implementation."""
     network = {
         "channels": config.channels,
         "c_mults": list(config.c_mults),

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -34,6 +34,10 @@ from .weight_files import WeightFile, open_weights
 
 RENEW_CONFIG = "correct it, or download the file again"
 BLOCK_LINEAR = re.compile(r"^block\..*\.(linear_qkv|linear_proj|up_gate_proj|down_proj)\.weight$")
+
+
+class UnknownVariantError(ValueError):
+    """A transformer's file does not tell which variant it is."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def _variant(file: WeightFile, asked: str | None) -> str:
             raise ValueError(f"{what} must be one of {', '.join(VARIANTS)}, got {given!r}")
     found = stored or _named_variant(file.path.absolute())
     if found is None and asked is None:
-        raise ValueError(
+        raise UnknownVariantError(
             f"cannot tell which variant {file.path} is; say so with --variant ({', '.join(VARIANTS)}), "
             "or put the variant into the file's or folder's name"
         )
@@ -269,7 +273,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 def describe(path: Path) -> str:
     """One paragraph on a checkpoint: part, variant, dtypes, parameters, and what is missing or unknown."""
-    checkpoint = open_checkpoint(path)
+    try:
+        checkpoint = open_checkpoint(path)
+    except UnknownVariantError:  # names and shapes are the same in all of them
+        checkpoint = replace(open_checkpoint(path, variant=VARIANTS[0]), variant="unknown variant of the")
     try:
         check_names(checkpoint, checkpoint.build().state_dict())
         verdict = "complete"

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 FPS = 25  # pictures per second, and audio latents per second
+FILM_RATE = 44100  # samples per second of a finished film
 PIXELS_PER_LATENT = 16
 SIZE_STEP = 32  # two latents: the transformer's patch
 MIN_SECONDS, MAX_SECONDS = 0.2, 30.0
@@ -47,6 +48,11 @@ class FilmShape:
     def seconds(self) -> float:
         """How long the pictures last."""
         return self.pixel_frames / FPS
+
+    @property
+    def asked_seconds(self) -> float:
+        """The length that gives this shape in `from_seconds`."""
+        return (self.audio_latents - 1) / FPS
 
     @property
     def latent_rows(self) -> int:

@@ -7,6 +7,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from .finite import check_finite
 from .run_block import RunBlock, run_in_place
 from .text_encoder import TextEncoder
 
@@ -97,15 +98,9 @@ def encode_prompt(
         raise ValueError(f"the tokenizer makes no token of {prompt!r}; write words or check tokenizer.json")
     device = encoder.embed_tokens.weight.device
     states = encoder(torch.tensor([tokens], dtype=torch.int64, device=device), run_block)[:, :limit]
-    _check_finite(states, "the text encoder's output", "the weights are damaged or computed in float16")
+    check_finite({"text": states}, "encoding the prompt", "the text encoder's weights may be damaged")
     # The published pipeline stores states as float16 before it uses them as float32.
     rounded = states.to(torch.float16)
-    _check_finite(rounded, "the text states rounded to float16", "the weights do not belong to this encoder")
+    check_finite({"text": rounded}, "rounding the text states", "the weights may be another encoder's")
     cut_text = prompt[offsets[limit][0] :] if len(tokens) > limit else ""
     return TextStates(rounded.float(), len(tokens), cut_text)
-
-
-def _check_finite(states: Tensor, stage: str, cause: str) -> None:
-    bad = states.numel() - int(torch.isfinite(states).sum())
-    if bad:
-        raise ValueError(f"{stage}: {bad} of {states.numel()} values are NaN or infinite; probably {cause}")

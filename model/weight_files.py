@@ -122,7 +122,10 @@ class SafetensorsFile(WeightFile):
         shard = self._shard_of[name]
         if shard not in self._open:
             self._open[shard] = _safe_open(shard)
-        return self._open[shard].get_tensor(name)
+        try:
+            return self._open[shard].get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{shard} is damaged at {name} ({error}); download it again") from error
 
 
 def _safe_open(file: Path) -> Any:

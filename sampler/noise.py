@@ -3,10 +3,9 @@
 Audio noise is drawn as [B, C, A], the layout of ComfyUI's audio latents, and transposed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from ..model.packing import Latents
 
@@ -26,7 +25,11 @@ def normal_like(latents: Latents, generator: torch.Generator) -> Latents:
 
 
 class FilmNoise:
-    """All random draws of one film, as functions of its seed."""
+    """All random draws of one film, as functions of its seed.
+
+    Seeds that follow each other share draws: step noise comes from seed + 1, super-resolution's from seed +
+    2.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -50,14 +53,3 @@ class FilmNoise:
     def audio_encoding(self) -> torch.Generator:
         """The generator of the published random draw in the audio encoder."""
         return self._generator(3)
-
-
-def check_finite(tensors: Mapping[str, Tensor], stage: str) -> None:
-    """Raise ValueError naming `stage` where a tensor holds NaN or infinite values."""
-    for name, tensor in tensors.items():
-        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if bad:
-            raise ValueError(
-                f"{stage}: {bad} of {tensor.numel()} {name} values are NaN or infinite; "
-                "check the weights, or try --dtype float32"
-            )

@@ -5,20 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from ..media import FilmWriter, frames_to_uint8, prepare_image, read_audio, read_image, upscale_frames
-from ..model.audio_vae import ENCODE_RATE, FILM_RATE, LATENT_RATE, encode_driving_audio, to_film_rate
+from ..model.audio_vae import ENCODE_RATE, encode_driving_audio, to_film_rate
 from ..model.checkpoint import load_tokenizer
-from ..model.geometry import FilmShape
+from ..model.finite import check_finite
+from ..model.geometry import FILM_RATE, FPS, MAX_SECONDS, FilmShape
 from ..model.packing import Latents, PackedLayout
 from ..model.prompt import TextStates, encode_prompt
 from .conditions import Conditions, StepCallback
-from .noise import FilmNoise, check_finite
+from .noise import FilmNoise
 from .parts import Parts
 from .stages import RECIPES, network_of, sample_base, sample_super_resolution
 
 AUDIO_MODES = ("hold", "start")
+CURE = "check the weights, or try --dtype float32"
+READ_SECONDS = MAX_SECONDS + 1  # of given sound: more than the longest film, so that a rest is noticed
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 Notice = Callable[[str], None]  # one sentence for the user
 
@@ -43,7 +47,6 @@ class FilmRequest:
     audio: Path | None = None
     audio_mode: str = "hold"
     sample_audio: bool = False
-    upscale: tuple[int, int, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,39 +60,26 @@ class FilmLatents:
 
 def generate(parts: Parts, request: FilmRequest, progress: Progress, notice: Notice) -> FilmLatents:
     """Make the latents of a film; raises ValueError for unusable input or numbers, naming it or the stage."""
-    variant = parts.checkpoints["transformer"].variant
-    recipe = RECIPES[variant]
-    final = request.large or request.shape
     image = read_image(request.image) if request.image else None
     driving = _read_driving_audio(request, notice) if request.audio else None
     sound = _film_sound(request) if request.audio and request.audio_mode == "hold" else None
+    final = request.large or request.shape
 
-    text, negative = _encode_texts(parts, request, recipe.guided, progress, notice)
+    text, negative = _encode_texts(parts, request, progress, notice)
     if request.large is not None:  # what its layout refuses, it shall refuse before the first stage
-        PackedLayout.of(
-            _empty(parts, request.large), text, parts.checkpoints["super_resolution"].config.coords_style
-        )
+        coords_style = parts.checkpoints["super_resolution"].config.coords_style
+        PackedLayout.of(_empty(parts, request.large), text, coords_style)
     frames = {}
     if image is not None:
         frames = _encode_first_frames(parts, image, {request.shape, final}, progress)
     noise = FilmNoise(request.seed)
     given = None
     if driving is not None:
-        given = _encode_audio(
-            parts, driving, noise.audio_encoding() if request.sample_audio else None, progress
-        )
+        generator = noise.audio_encoding() if request.sample_audio else None
+        given = _encode_audio(parts, driving, generator, progress)
 
-    start = noise.initial(_empty(parts, request.shape))
-    held = given if request.audio_mode == "hold" or recipe.guided else None
-    if given is not None and held is None:
-        start = start._replace(audio=given)
-    steps = request.steps or recipe.steps
-    with parts.use("transformer") as (transformer, run_block):
-        latents = sample_base(
-            network_of(transformer, run_block), start, text, negative=negative, few_step=recipe.few_step,
-            steps=steps, noise_fn=noise.step, conditions=Conditions(frames.get(request.shape), held),
-            callback=_step_callback("sampling", steps, progress),
-        )  # fmt: skip
+    # a network is let go of where the function that used it returns, before the next one is loaded
+    latents = _sample(parts, request, text, negative, noise, frames.get(request.shape), given, progress)
     if request.large is not None:
         latents = _enlarge(parts, request.large, latents, text, noise, frames.get(final), progress)
     return FilmLatents(latents, final, sound)
@@ -100,37 +90,44 @@ def write_film(
     film: FilmLatents,
     out: Path,
     metadata: Mapping[str, str],
-    request: FilmRequest,
     progress: Progress,
+    upscale: tuple[int, int, str] | None = None,
 ) -> None:
-    """Decode a film and write it to `out`, frame by frame; nothing is left behind if that fails."""
-    width, height = (request.upscale or (film.shape.width, film.shape.height))[:2]
-    total = film.shape.pixel_frames
-    with FilmWriter(out, width, height, LATENT_RATE, metadata) as writer:
+    """Decode a film and write it to `out`, frame by frame; nothing is left behind if that fails.
+
+    `upscale` is the (width, height, mode) of a plain resizing of the frames.
+    """
+    width, height = (upscale or (film.shape.width, film.shape.height))[:2]
+    total, done = film.shape.pixel_frames, 0
+    with FilmWriter(out, width, height, FPS, metadata) as writer:
         writer.add_audio(_sound_of(parts, film, progress))
-        done = 0
+        progress("decoding", 0, total)
         with parts.use("video_decoder") as (decoder, _):
             for chunk in decoder.decode_chunks(film.latents.video):
-                _check_pixels(chunk)
+                check_finite({"pixel": chunk}, "decoding the picture", CURE)
                 frames = frames_to_uint8(chunk)
-                writer.add_frames(upscale_frames(frames, *request.upscale) if request.upscale else frames)
+                writer.add_frames(upscale_frames(frames, *upscale) if upscale else frames)
                 done += len(frames)
                 progress("decoding", done, total)
 
 
 def _read_driving_audio(request: FilmRequest, notice: Notice) -> Tensor:
     """The given sound as [1, N] at 51200 Hz, as long as the film."""
-    samples = request.shape.audio_latents * ENCODE_RATE // LATENT_RATE
-    waveform = read_audio(request.audio, ENCODE_RATE, 1)
-    seconds, wanted = waveform.shape[1] / ENCODE_RATE, samples / ENCODE_RATE
-    if abs(seconds - wanted) > 1 / LATENT_RATE:
-        done = "the rest is left out" if seconds > wanted else "the end is silent"
-        notice(f"{request.audio} lasts {seconds:.2f} s, the film {request.shape.seconds:.2f} s: {done}")
+    samples = request.shape.audio_latents * ENCODE_RATE // FPS
+    waveform = read_audio(request.audio, ENCODE_RATE, 1, READ_SECONDS)
+    missing = (samples - waveform.shape[1]) / ENCODE_RATE
+    if missing < -1 / FPS:
+        notice(
+            f"{request.audio} is longer than the film ({request.shape.seconds:.2f} s): the rest is left out"
+        )
+    elif missing > 1 / FPS:
+        notice(f"{request.audio} ends {missing:.2f} s before the film does: the end is silent")
     return _fit(waveform, samples)
 
 
 def _film_sound(request: FilmRequest) -> Tensor:
-    return _fit(read_audio(request.audio, FILM_RATE, 2), _film_samples(request.shape))
+    samples = _film_samples(request.shape)
+    return _fit(read_audio(request.audio, FILM_RATE, 2, READ_SECONDS), samples)
 
 
 def _film_samples(shape: FilmShape) -> int:
@@ -143,11 +140,13 @@ def _fit(waveform: Tensor, samples: int) -> Tensor:
 
 
 def _encode_texts(
-    parts: Parts, request: FilmRequest, guided: bool, progress: Progress, notice: Notice
+    parts: Parts, request: FilmRequest, progress: Progress, notice: Notice
 ) -> tuple[Tensor, Tensor | None]:
+    guided = RECIPES[parts.checkpoints["transformer"].variant].guided
     prompts = {"prompt": request.prompt} | ({"negative prompt": request.negative} if guided else {})
     tokenizer = load_tokenizer(parts.checkpoints["text_encoder"])
     encoded: dict[str, TextStates] = {}
+    progress("text", 0, len(prompts))
     with parts.use("text_encoder") as (encoder, run_block):
         for name, prompt in prompts.items():
             encoded[name] = encode_prompt(encoder, tokenizer, prompt, run_block=run_block)
@@ -161,25 +160,27 @@ def _encode_texts(
 
 
 def _encode_first_frames(
-    parts: Parts, image, shapes: set[FilmShape], progress: Progress
+    parts: Parts, image: Image, shapes: set[FilmShape], progress: Progress
 ) -> dict[FilmShape, Tensor]:
     frames = {}
+    progress("image", 0, len(shapes))
     with parts.use("video_vae") as (vae, _):
         for shape in shapes:
             pixels = prepare_image(image, shape.width, shape.height).unsqueeze(2)
             frames[shape] = vae.encode(pixels.to(parts.device))
+            check_finite({"image": frames[shape]}, "encoding the image", CURE)
             progress("image", len(frames), len(shapes))
-            check_finite({"image": frames[shape]}, "encoding the image")
     return frames
 
 
 def _encode_audio(
     parts: Parts, waveform: Tensor, generator: torch.Generator | None, progress: Progress
 ) -> Tensor:
+    progress("audio", 0, 1)
     with parts.use("audio_vae") as (vae, _):
         latents = encode_driving_audio(vae, waveform.to(parts.device), generator=generator)
+    check_finite({"audio": latents}, "encoding the audio", CURE)
     progress("audio", 1, 1)
-    check_finite({"audio": latents}, "encoding the audio")
     return latents
 
 
@@ -191,6 +192,32 @@ def _empty(parts: Parts, shape: FilmShape) -> Latents:
     return Latents(torch.empty(video, device=parts.device), torch.empty(audio, device=parts.device))
 
 
+def _sample(
+    parts: Parts,
+    request: FilmRequest,
+    text: Tensor,
+    negative: Tensor | None,
+    noise: FilmNoise,
+    frame: Tensor | None,
+    audio: Tensor | None,
+    progress: Progress,
+) -> Latents:
+    """The base stage. The two-pass model holds a given sound in either mode, as published."""
+    recipe = RECIPES[parts.checkpoints["transformer"].variant]
+    held = audio if request.audio_mode == "hold" or recipe.guided else None
+    start = noise.initial(_empty(parts, request.shape))
+    if audio is not None and held is None:
+        start = start._replace(audio=audio)
+    steps = request.steps or recipe.steps
+    progress("sampling", 0, steps)
+    with parts.use("transformer") as (transformer, run_block):
+        return sample_base(
+            network_of(transformer, run_block), start, text, negative=negative, few_step=recipe.few_step,
+            steps=steps, noise_fn=noise.step, conditions=Conditions(frame, held),
+            callback=_step_callback("sampling", steps, progress),
+        )  # fmt: skip
+
+
 def _enlarge(
     parts: Parts,
     shape: FilmShape,
@@ -200,7 +227,9 @@ def _enlarge(
     frame: Tensor | None,
     progress: Progress,
 ) -> Latents:
+    """The super-resolution stage."""
     steps = RECIPES[parts.checkpoints["super_resolution"].variant].steps
+    progress("super-resolution", 0, steps)
     with parts.use("super_resolution") as (transformer, run_block):
         return sample_super_resolution(
             network_of(transformer, run_block), base, noise.super_resolution(_empty(parts, shape)), text,
@@ -211,7 +240,7 @@ def _enlarge(
 
 def _step_callback(stage: str, steps: int, progress: Progress) -> StepCallback:
     def after_step(index: int, latents: Latents, denoised: Latents) -> None:  # noqa: ARG001
-        check_finite(latents._asdict(), f"{stage}, step {index + 1} of {steps}")
+        check_finite(latents._asdict(), f"{stage}, step {index + 1} of {steps}", CURE)
         progress(stage, index + 1, steps)
 
     return after_step
@@ -224,10 +253,6 @@ def _sound_of(parts: Parts, film: FilmLatents, progress: Progress) -> Tensor:
             waveform = to_film_rate(vae.decode(film.latents.audio)[0].cpu())
     else:
         waveform = film.sound
-    check_finite({"sound": waveform}, "decoding the sound")
+    check_finite({"sound": waveform}, "decoding the sound", CURE)
     progress("sound", 1, 1)
     return _fit(waveform, _film_samples(film.shape))
-
-
-def _check_pixels(chunk: Tensor) -> None:
-    check_finite({"pixel": chunk}, "decoding the picture")

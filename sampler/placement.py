@@ -1,8 +1,7 @@
-"""Where weights live outside ComfyUI: kept on the device, brought there for their stage, or streamed layer by
-layer.
-"""
+"""Streaming: weights that stay in CPU memory, copied to the device one layer ahead of the computation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,52 +12,80 @@ OFFLOADS = ("none", "stage", "blocks")
 class LayerStream:
     """Runs layers whose weights stay in CPU memory, each copied to the device while the one before it works.
 
-    An object of this class is the `run_block` of a network; at most two layers are on the device at a time.
+    An object of this class is the `run_block` of a network. Copies of two layers are on the device at most:
+    the next copy begins when the layer before the present one has been computed. Where the device can, the
+    CPU's memory is page-locked in place until `close`, so that copying and computing overlap.
     """
 
     def __init__(self, layers: nn.ModuleList, device: torch.device) -> None:
         self.device = device
         self.layers = [list(layer.parameters()) for layer in layers]
-        self._asynchronous = device.type != "cpu"
-        self._stream = torch.Stream(device) if self._asynchronous else None
-        self._ahead: tuple[int, list[Tensor], torch.Event | None] | None = None
-        if self._asynchronous:
-            for parameter in layers.parameters():
-                parameter.data = parameter.data.pin_memory()
+        self._ahead: tuple[int, list[Tensor]] | None = None
+        # CPU and some accelerators have no streams: there a copy is made when it is asked for
+        module = torch.get_device_module(device) if device.type != "cpu" else None
+        self._module = module if hasattr(module, "Stream") else None
+        self._copying = self._module.Stream(device) if self._module else None
+        self._computed = None  # event at the end of the layer before
+        self._locked = [weight for weight in layers.parameters() if self._lock(weight)]
 
     def __call__(self, index: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        weights = self._arrived(index)
+        copies = self._arrived(index)
+        with _standing_in(self.layers[index], copies):
+            x = layer(x)
+        if self._module:
+            computed = self._module.current_stream(self.device).record_event()
+            if self._computed is not None:
+                self._computed.synchronize()
+            self._computed = computed
         self._start((index + 1) % len(self.layers))
-        homes = [parameter.data for parameter in self.layers[index]]
-        try:
-            for parameter, weight in zip(self.layers[index], weights, strict=True):
-                parameter.data = weight
-            return layer(x)
-        finally:
-            for parameter, home in zip(self.layers[index], homes, strict=True):
-                parameter.data = home
+        return x
 
     def close(self) -> None:
-        """Let go of the copy that is ahead."""
+        """Let go of the copy that is ahead and of the page locks."""
         self._ahead = None
+        if self._locked:
+            self._module.synchronize(self.device)
+        for weight in self._locked:
+            self._module.cudart().cudaHostUnregister(weight.data_ptr())
+        self._locked = []
 
     def _start(self, index: int) -> None:
         """Begin to copy layer `index` to the device."""
-        if not self._asynchronous:
-            self._ahead = index, [parameter.data.clone() for parameter in self.layers[index]], None
+        weights = [parameter.data for parameter in self.layers[index]]
+        if not self._module:
+            self._ahead = index, [weight.to(self.device, copy=True) for weight in weights]
             return
-        with self._stream:
-            copies = [parameter.data.to(self.device, non_blocking=True) for parameter in self.layers[index]]
-            self._ahead = index, copies, self._stream.record_event()
+        with self._module.stream(self._copying):
+            self._ahead = index, [weight.to(self.device, non_blocking=True) for weight in weights]
 
     def _arrived(self, index: int) -> list[Tensor]:
-        """The copies of layer `index`, ready for the stream that computes."""
+        """The copies of layer `index`, safe to use in the stream that computes."""
         if self._ahead is None or self._ahead[0] != index:
             self._start(index)
-        _, copies, event = self._ahead
-        if event is not None:
-            computing = torch.accelerator.current_stream(self.device)
-            computing.wait_event(event)
+        _, copies = self._ahead
+        self._ahead = None
+        if self._module:
+            computing = self._module.current_stream(self.device)
+            computing.wait_stream(self._copying)
             for copy in copies:
                 copy.record_stream(computing)  # the allocator must not reuse it before the layer has run
         return copies
+
+    def _lock(self, weight: Tensor) -> bool:
+        """Page-lock a weight where it lies; torch's own pinned copies take up to twice their size."""
+        if not self._module or not hasattr(self._module, "cudart"):
+            return False
+        return int(self._module.cudart().cudaHostRegister(weight.data_ptr(), weight.nbytes, 0)) == 0
+
+
+@contextmanager
+def _standing_in(parameters: list[nn.Parameter], copies: list[Tensor]) -> Iterator[None]:
+    """Let the copies be the parameters' values for a while."""
+    homes = [parameter.data for parameter in parameters]
+    try:
+        for parameter, copy in zip(parameters, copies, strict=True):
+            parameter.data = copy
+        yield
+    finally:
+        for parameter, home in zip(parameters, homes, strict=True):
+            parameter.data = home

@@ -26,14 +26,13 @@ class Recipe:
     steps: int
     few_step: bool
     guided: bool
-    super_resolution: bool
 
 
 RECIPES = {
-    "base": Recipe(steps=32, few_step=False, guided=True, super_resolution=False),
-    "distill": Recipe(steps=8, few_step=True, guided=False, super_resolution=False),
-    "540p_sr": Recipe(steps=5, few_step=False, guided=False, super_resolution=True),
-    "1080p_sr": Recipe(steps=5, few_step=False, guided=False, super_resolution=True),
+    "base": Recipe(steps=32, few_step=False, guided=True),
+    "distill": Recipe(steps=8, few_step=True, guided=False),
+    "540p_sr": Recipe(steps=5, few_step=False, guided=False),
+    "1080p_sr": Recipe(steps=5, few_step=False, guided=False),
 }
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from happyhorse import cli
-from happyhorse.media import FILM_SAMPLE_RATE, FilmWriter
+from happyhorse.media import FILM_RATE, FilmWriter
 from happyhorse.sampler import pipeline, plan
 
 State = dict[str, Tensor]
@@ -45,10 +45,11 @@ class Outcome:
     out: Path
 
     def assert_refused(self, *words: str, after: str | None = None) -> None:
-        """Refused in one sentence that holds `words`, before any work or `after` the last stage of it."""
+        """Refused in one sentence that holds `words`, before any work or `after` a stage that did some."""
         assert self.code == 2, self.stderr
         lines = [line.strip() for line in re.split(r"[\r\n]", self.stderr) if line.strip()]
-        stages = [line.partition(":")[0] for line in lines if PROGRESS.fullmatch(line)]
+        bars = [line for line in lines if PROGRESS.fullmatch(line)]
+        stages = [bar.partition(":")[0] for bar in bars if ":   0%" not in bar]
         sentences = [line for line in lines if not PROGRESS.fullmatch(line)]
         assert len(sentences) == 1, self.stderr
         sentence = sentences[0].replace(str(self.out.parent), "FOLDER")
@@ -178,7 +179,7 @@ def silent_film(path: Path) -> bytes:
 
 def film_without_end(path: Path) -> bytes:
     with FilmWriter(path, 64, 64) as film:
-        film.add_audio(torch.randn(2, FILM_SAMPLE_RATE) / 9)
+        film.add_audio(torch.randn(2, FILM_RATE) / 9)
         film.add_frames(torch.zeros(25, 64, 64, 3, dtype=torch.uint8))
     return path.read_bytes()[:-5000]
 
@@ -446,11 +447,11 @@ BAD = "values are NaN or infinite; check the weights"
 FIRST_LAYER = "pretransform.model.{}.layers.0.weight_g"
 # a tensor that gets finite values too large to compute with; what is told, and the last stage shown
 OVERFLOWS = {
-    "text": ("--text-encoder", "norm.weight", [], ["the text encoder's output", "NaN or infinite"], None),
+    "text": ("--text-encoder", "norm.weight", [], ["encoding the prompt", "NaN or infinite"], None),
     "image": ("--vae", "encoder.head.2.bias", ["--image", "a.png"],
-              ["encoding the image", f"image {BAD}"], "image"),
+              ["encoding the image", f"image {BAD}"], "text"),
     "audio": ("--audio-vae", FIRST_LAYER.format("encoder"), ["--audio", "a.wav"],
-              ["encoding the audio", f"audio {BAD}"], "audio"),
+              ["encoding the audio", f"audio {BAD}"], "text"),
     "video": ("--model", "final_linear_video.weight", [], ["sampling, step 1 of 1", f"video {BAD}"], "text"),
     "sound latents": ("--model", "final_linear_audio.weight", ["--steps", "2"],
                       ["sampling, step 1 of 2", f"audio {BAD}"], "text"),
@@ -624,7 +625,7 @@ def test_ctrl_c_while_the_film_is_written_leaves_nothing(
         assert list(out.glob(".*")), "the unfinished film must be there for this test to mean something"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_check_pixels", interrupt)
+    monkeypatch.setattr(pipeline, "frames_to_uint8", interrupt)
     outcome = generate()
     assert outcome.code == 130 and "interrupted; no film was written" in outcome.stderr
     outcome.assert_nothing_left()

@@ -12,6 +12,7 @@ from torch import Tensor
 from happyhorse.model import audio_vae
 from happyhorse.model.audio_vae import AudioVAE
 from happyhorse.model.config import PRESETS, AudioVAEConfig
+from happyhorse.model.geometry import FPS
 
 TINY = AudioVAEConfig(io_channels=2, latent_dim=4, channels=4, c_mults=(1, 2), strides=(2, 4))
 
@@ -53,7 +54,7 @@ def test_golden_audio_vae(file: GoldenFile) -> None:
 @pytest.mark.parametrize("file", golden_files("audio_windows"), ids=str)
 def test_golden_audio_windows(file: GoldenFile) -> None:
     config, tensors = file.config, file.tensors()
-    vae = golden_vae(file.beside(config["weights_file"]))
+    vae = golden_vae(file.weights_file())
     rate = config["sample_rate"]
     assert rate == audio_vae.ENCODE_RATE
     n = torch.arange(config["seconds_of_audio"] * rate, dtype=torch.float64)
@@ -158,7 +159,7 @@ def test_driving_audio_of_exactly_one_window_is_not_merged() -> None:
     mono = torch.randn(1, window + 1, generator=torch.Generator().manual_seed(6))
     latents = audio_vae.encode_driving_audio(vae, mono[:, :window])
     assert torch.equal(latents, vae.encode(mono[:, :window].repeat(2, 1)[None]))
-    assert latents.shape[1] == audio_vae.WINDOW_SECONDS * audio_vae.LATENT_RATE
+    assert latents.shape[1] == audio_vae.WINDOW_SECONDS * FPS
     assert audio_vae.encode_driving_audio(vae, mono).shape[1] == latents.shape[1] + 1
 
 

@@ -13,6 +13,11 @@ from torch import Tensor
 OWN_DIR = Path(__file__).parent / "golden"
 GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR") or OWN_DIR)
 
+WEIGHTS_KIND = {"e2e": "e2e_weights", "audio_windows": "oobleck"}
+# what the transformers of a recorded run have without its metadata saying so: facts of the published code
+COORDS_STYLE = {"base": "v2", "sr": "v1"}
+FRAME_RECEPTIVE_FIELD = 11
+
 
 @dataclass(frozen=True)
 class GoldenFile:
@@ -23,9 +28,20 @@ class GoldenFile:
         with safe_open(self.path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def beside(self, name: str) -> "GoldenFile":
-        """Another file of the same set, named in this one's configuration."""
-        return _open(self.path.with_name(name))
+    def weights_file(self) -> "GoldenFile":
+        """The file of the same set with the weights this one was recorded with.
+
+        Its configuration names it, but a set may have been renamed: then it is the one whose sizes fit.
+        """
+        kind, name = WEIGHTS_KIND[self.config["kind"]], self.config["weights_file"]
+        fitting = [file for file in golden_files(kind, self.path.parent) if _fits(file, self)]
+        named = [file for file in fitting if file.path.name == name]
+        if len(named or fitting) != 1:
+            raise LookupError(
+                f"{self.path} needs weights of kind {kind!r} and its sizes: {name!r} is not such a file, and "
+                f"there are {[file.path.name for file in fitting]}; give the right one its recorded name"
+            )
+        return (named or fitting)[0]
 
     def __str__(self) -> str:
         return self.path.stem
@@ -36,16 +52,33 @@ def _open(path: Path) -> GoldenFile:
         return GoldenFile(path, json.loads((file.metadata() or {}).get("config", "{}")))
 
 
-def golden_files(kind: str) -> list[GoldenFile]:
+def golden_files(kind: str, folder: Path = GOLDEN_DIR) -> list[GoldenFile]:
     """All files of one kind; at least one, else the set is incomplete."""
     found = [
-        file
-        for file in map(_open, sorted(GOLDEN_DIR.glob("*.safetensors")))
-        if file.config.get("kind") == kind
+        file for file in map(_open, sorted(folder.glob("*.safetensors"))) if file.config.get("kind") == kind
     ]
     if not found:
-        raise FileNotFoundError(f"no golden file of kind {kind!r} in {GOLDEN_DIR}")
+        raise FileNotFoundError(f"no golden file of kind {kind!r} in {folder}")
     return found
+
+
+def _fits(source: GoldenFile, user: GoldenFile) -> bool:
+    """Whether these weights have the sizes of that recording."""
+    tensors = user.tensors()
+    if user.config["kind"] == "audio_windows":
+        widths = {tensor.shape[1] for name, tensor in tensors.items() if name.startswith("latent.")}
+        return widths == {source.config["model"]["latent_dim"]}
+    parts = ["base", "sr"] if "sr_size" in user.config else ["base"]
+    arches = [source.config.get(f"{part}_arch", {}) for part in parts]
+    return all(arch.get("text_in_channels") == tensors["in.text"].shape[-1] for arch in arches)
+
+
+def recorded_transformer(run: GoldenFile, part: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the weights of the transformer `part`, 'base' or 'sr', of a recorded run."""
+    source = run.weights_file()
+    facts = {"coords_style": COORDS_STYLE[part], "frame_receptive_field": FRAME_RECEPTIVE_FIELD}
+    recorded = {name: run.config[name] for name in facts if name in run.config}
+    return source.config[f"{part}_arch"] | facts | recorded, weights(source.tensors(), f"{part}.weights.")
 
 
 def weights(tensors: dict[str, Tensor], prefix: str = "weights.") -> dict[str, Tensor]:

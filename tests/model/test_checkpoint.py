@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden_files import GOLDEN_DIR
+from golden_files import full_size
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -244,7 +244,7 @@ def test_the_video_vae_loads_from_a_plain_pickle(tmp_path: Path, weights: Weight
 
 def published_decoder_json(config: VideoDecoderConfig) -> str:
     """The published configuration file with the numbers of `config`."""
-    published = json.loads((GOLDEN_DIR / "turbo_vaed_full_size.json").read_text(encoding="utf-8"))["config"]
+    published = full_size("turbo_vaed")["config"]
     assert published["aligned_feature_projection_mode"], "such fields of the training must be ignored"
     return json.dumps(published | config.to_dict())
 
@@ -273,7 +273,7 @@ def test_the_light_decoder_loads_from_a_training_checkpoint(
 
 def published_audio_json(config: AudioVAEConfig) -> str:
     """stable-audio-open's model_config.json with the numbers of `config`."""
-    published = json.loads((GOLDEN_DIR / "oobleck_full_size.json").read_text(encoding="utf-8"))["config"]
+    published = full_size("oobleck")["config"]
     numbers = {"channels": config.channels, "c_mults": config.c_mults, "strides": config.strides}
     published["encoder"]["config"] |= numbers | {"latent_dim": 2 * config.latent_dim}
     published["decoder"]["config"] |= numbers | {"latent_dim": config.latent_dim}

@@ -1,7 +1,12 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from golden_files import GoldenFile, full_size, golden_files, relative_error, weights
+from torch import nn
 
+from happyhorse.kernels.attention import attention
+from happyhorse.model import transformer
 from happyhorse.model.config import MAGIHUMAN, VARIANTS, TransformerConfig
 from happyhorse.model.packing import Latents, PackedLayout, patchify
 from happyhorse.model.rope import rope_table
@@ -52,45 +57,85 @@ def test_golden_packing_and_rope(golden: Golden) -> None:
     assert relative_error(rope_table(layout.coordinates(), bands), tensors["rope"]) < 1e-5
 
 
+class Trace:
+    """What the modules of a network put out, by the recordings' names: all tokens, without the batch."""
+
+    def __init__(self, network: JointTransformer) -> None:
+        self.pieces: dict[str, list[torch.Tensor]] = {}
+        modules = {
+            "embed": network.adapter,
+            "out_video": network.final_linear_video, "out_audio": network.final_linear_audio,
+        }  # fmt: skip
+        for index, layer in enumerate(network.block.layers):
+            modules[f"hidden.{index:02}"] = layer
+            for name, module in {
+                "attn_pre_norm": layer.attention.pre_norm, "qkvg": layer.attention.linear_qkv,
+                "q_normed": layer.attention.q_norm, "k_normed": layer.attention.k_norm,
+                "attn_out": layer.attention, "mlp_pre_norm": layer.mlp.pre_norm,
+                "mlp_up": layer.mlp.up_gate_proj, "mlp_out": layer.mlp,
+            }.items():  # fmt: skip
+                modules[f"layer{index}.{name}"] = module
+        for name, module in modules.items():
+            module.register_forward_hook(self.keep(name))
+
+    def keep(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: tuple, output: torch.Tensor) -> None:
+            self.pieces.setdefault(name, []).append(output[0])  # the feed-forward takes tokens in pieces
+
+        return hook
+
+    def outputs(self) -> dict[str, torch.Tensor]:
+        got = {name: torch.cat(pieces) for name, pieces in self.pieces.items()}
+        heads = got.pop("out_video"), got.pop("out_audio")
+        width = max(head.shape[1] for head in heads)
+        text = heads[0].new_zeros(len(got["embed"]) - sum(map(len, heads)), width)  # has no head
+        padded = [nn.functional.pad(head, (0, width - head.shape[1])) for head in heads]
+        return got | {"out_tokens": torch.cat((*padded, text))}
+
+
 @pytest.mark.parametrize("policy", ["fp32", "ref"])
 def test_golden_transformer(golden: Golden, policy: str) -> None:
-    hidden = {}
-
-    def record(index: int, layer, x: torch.Tensor) -> torch.Tensor:
-        hidden[index] = layer(x)
-        return hidden[index]
-
+    """Everything recorded of the forward pass, from the embeddings over the layers to the velocities."""
     network = golden.network(torch.float32 if policy == "fp32" else torch.bfloat16)
-    velocity = network(golden.latents, golden.text, golden.layout, run_block=record)
-    limits = {key: 1e-5 if policy == "fp32" else drift / 2 for key, drift in golden.drift.items()}
-    for key, got in zip(("velocity_video", "velocity_audio"), velocity, strict=True):
-        assert relative_error(got, golden.tensors[f"{policy}.{key}"]) <= limits[key], key
-    for index, got in hidden.items():
-        want = golden.tensors.get(f"{policy}.hidden.{index:02}")
-        if want is not None:
-            assert relative_error(got[0], want) <= max(limits.values()), f"after layer {index}"
-
-
-def test_golden_first_layer(golden: Golden) -> None:
-    tensors, network = golden.tensors, golden.network(torch.float32)
-    got = {}
-    layer = network.block.layers[0]
-
-    def keep(name: str):
-        return lambda _module, _inputs, output: got.__setitem__(name, output[0])
-
-    for name, module in {
-        "attn_pre_norm": layer.attention.pre_norm, "qkvg": layer.attention.linear_qkv,
-        "q_normed": layer.attention.q_norm, "k_normed": layer.attention.k_norm, "attn_out": layer.attention,
-        "mlp_pre_norm": layer.mlp.pre_norm, "mlp_up": layer.mlp.up_gate_proj, "mlp_out": layer.mlp,
-    }.items():  # fmt: skip
-        module.register_forward_hook(keep(f"layer0.{name}"))
-    network.adapter.register_forward_hook(keep("embed"))
-    network(golden.latents, golden.text, golden.layout)
-    recorded = {name: tensors[f"fp32.{name}"] for name in got if f"fp32.{name}" in tensors}
-    assert "embed" in recorded
+    trace = Trace(network)
+    velocity = network(golden.latents, golden.text, golden.layout)
+    velocities = {f"velocity_{stream}": getattr(velocity, stream) for stream in Latents._fields}
+    got = trace.outputs() | velocities
+    recorded = weights(golden.tensors, f"{policy}.")
+    assert {*velocities, "out_tokens", "hidden.00"} <= recorded.keys() <= got.keys()
+    limits = {name: 1e-5 if policy == "fp32" else drift / 2 for name, drift in golden.drift.items()}
     for name, want in recorded.items():
-        assert relative_error(got[name], want) < 1e-5, name
+        assert relative_error(got[name], want) <= limits.get(name, max(limits.values())), name
+
+
+def test_golden_frame_windows(golden: Golden) -> None:
+    """Which tokens the layers see: even scores and values of one token each show the weights."""
+    sequence, layers = golden.layout.spans[-1][1], golden.network(torch.float32).block.layers
+    want = torch.zeros(sequence, sequence, dtype=torch.bool)
+    ranges = (golden.tensors.get(f"local.{side}_ranges", torch.tensor([[0, sequence]])) for side in "qk")
+    for (q_start, q_stop), (k_start, k_stop) in zip(*(r.tolist() for r in ranges), strict=True):
+        want[q_start:q_stop, k_start:k_stop] = True
+    even, values = torch.zeros(1, 1, sequence, sequence), torch.eye(sequence).expand(1, 1, -1, -1)
+    for index, layer in enumerate(layers):
+        seen = attention(even, even, values, layer.attention.window(golden.layout))[0, 0] > 0
+        local = index in golden.config.local_attn_layers
+        assert torch.equal(seen, want if local else torch.ones_like(want)), index
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 7])
+def test_the_feed_forward_in_pieces_is_the_whole(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """Pieces of these lengths begin and end within modalities, and one may hold several of them."""
+    generator = torch.Generator().manual_seed(6)
+    layers = golden.network(torch.float32).block.layers
+    sequence = golden.layout.spans[-1][1]
+    x = torch.randn(2, sequence, golden.config.hidden_size, generator=generator)
+    monkeypatch.setattr(transformer, "MLP_TOKENS", sequence)
+    whole = [layer.mlp(x, golden.layout) for layer in layers]
+    monkeypatch.setattr(transformer, "MLP_TOKENS", tokens)
+    for layer, want in zip(layers, whole, strict=True):
+        assert relative_error(layer.mlp(x, golden.layout), want) < 1e-6
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -27,6 +27,8 @@ def test_golden_sigma_grids(golden: GoldenFile) -> None:
         assert relative_error(sigmas, want) < 1e-5
         times = [integer_time(sigma) for sigma in sigmas[:-1].tolist()]
         assert times == tensors[f"grid.steps{steps}.shift{shift:g}.timesteps"].tolist()
+    recorded = [name for name in tensors if name.startswith("grid.")]
+    assert len(recorded) == 2 * len(golden.config["grids"])
 
 
 @GOLDENS
@@ -67,6 +69,8 @@ def test_golden_renoising_and_audio_mix(golden: GoldenFile) -> None:
     tensors, meta = golden.tensors(), golden.config
     assert meta["noise_value"] == super_resolution.RENOISE_TIME
     assert meta["sr_audio_noise_scale"] == super_resolution.AUDIO_NOISE
+    alphas = super_resolution.zero_terminal_snr_alphas()
+    assert relative_error(alphas, tensors["zero_snr.sigmas"]) < 1e-5
     got = super_resolution.renoise_video(tensors["zero_snr.latent"], tensors["zero_snr.noise"])
     assert relative_error(got, tensors[f"zero_snr.renoised_{meta['noise_value']}"]) < 1e-5
     got = super_resolution.mix_audio(tensors["sr_audio.latent"], tensors["sr_audio.noise"])
@@ -79,6 +83,7 @@ def test_golden_guidance(golden: GoldenFile, stage: str) -> None:
     tensors, meta = golden.tensors(), golden.config
     steps = meta["guidance_steps"][stage]
     sigmas = flow_sigmas(steps, meta["shift"]).tolist()
+    assert [integer_time(s) for s in sigmas[:-1]] == tensors[f"guidance.{stage}.timesteps"].tolist()
     if stage == "sr":
         per_frame = guidance.super_resolution_video_scale(meta["guidance_latent_length"])
         assert torch.equal(per_frame.flatten(), tensors["guidance.sr.scale_per_frame"])

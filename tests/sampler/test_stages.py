@@ -1,36 +1,26 @@
 import pytest
 import torch
-from golden_files import GoldenFile, golden_files, relative_error, weights
+from golden_files import GoldenFile, golden_files, recorded_transformer, relative_error
 
 from happyhorse.model.config import TransformerConfig
 from happyhorse.model.geometry import SIZE_STEP, FilmShape
 from happyhorse.model.packing import Latents
 from happyhorse.model.transformer import JointTransformer
-from happyhorse.sampler.conditions import Conditions, StepCallback
+from happyhorse.sampler import stages
+from happyhorse.sampler.conditions import Conditions, StepCallback, VelocityFunction
 from happyhorse.sampler.stages import Network, network_of, sample_base, sample_super_resolution
 from happyhorse.sampler.super_resolution import mix_audio
 
 E2E = pytest.mark.parametrize("golden", golden_files("e2e"), ids=str)
 
 
-def recorded_network(file: GoldenFile, part: str, velocities: list[Latents]) -> Network:
-    """The transformer `part` ('base' or 'sr') of a recorded run, in float32; keeps its velocities."""
-    source = file.beside(file.config["weights_file"])
-    config = TransformerConfig.from_dict(
-        source.config[f"{part}_arch"]
-        | {"frame_receptive_field": file.config.get("frame_receptive_field", 11)}
-        | {"coords_style": "v1" if part == "sr" else "v2"}
-    )
+def recorded_network(file: GoldenFile, part: str) -> Network:
+    """The transformer `part` ('base' or 'sr') of a recorded run, in float32."""
+    values, state = recorded_transformer(file, part)
     with torch.device("meta"):
-        transformer = JointTransformer(config, compute_dtype=torch.float32)
-    transformer.load_state_dict(weights(source.tensors(), f"{part}.weights."), strict=True, assign=True)
-    network = network_of(transformer.requires_grad_(False))
-
-    def recording(latents: Latents, text: torch.Tensor) -> Latents:
-        velocities.append(network(latents, text))
-        return velocities[-1]
-
-    return recording
+        transformer = JointTransformer(TransformerConfig.from_dict(values), compute_dtype=torch.float32)
+    transformer.load_state_dict(state, strict=True, assign=True)
+    return network_of(transformer.requires_grad_(False))
 
 
 def rounded(size: list[int]) -> list[int]:
@@ -69,28 +59,45 @@ class Run:
     def image(self, size: list[int]) -> torch.Tensor | None:
         return self.tensors[f"in.image_latent.{size[1]}x{size[0]}"] if self.meta.get("image") else None
 
+    def checked(self, velocity: VelocityFunction) -> VelocityFunction:
+        """The same, every step's velocity (after guidance) being compared with the recorded one."""
+
+        def compared(latents: Latents, sigma: float) -> Latents:
+            result = velocity(latents, sigma)
+            self.compare(f"step.{self.done:02}.velocity_", result)
+            return result
+
+        return compared
+
     def check_step(self, held_audio: torch.Tensor | None) -> StepCallback:
         """Compare every step's latents with the recorded ones, in which a held sound is left untouched."""
 
         def check(index: int, latents: Latents, denoised: Latents) -> None:  # noqa: ARG001
-            self.compare(
-                f"step.{self.done:02}", latents if held_audio is None else latents._replace(audio=held_audio)
-            )
+            latents = latents if held_audio is None else latents._replace(audio=held_audio)
+            self.compare(f"step.{self.done:02}.", latents)
             self.done += 1
 
         return check
 
-    def compare(self, name: str, got: Latents) -> None:
+    def compare(self, prefix: str, got: Latents) -> None:
         for stream in Latents._fields:
-            want = self.tensors.get(f"{name}.{stream}")
+            want = self.tensors.get(name := prefix + stream)
             if want is not None:
-                self.compared.add(f"{name}.{stream}")
-                assert relative_error(getattr(got, stream), want) < 1e-4, f"{name}.{stream}"
+                self.compared.add(name)
+                assert relative_error(getattr(got, stream), want) < 1e-4, name
+
+    def assert_all_was_compared(self) -> None:
+        assert next(self.draws, None) is None, "every recorded draw must be used"
+        recorded = {name for name in self.tensors if name.startswith(("step.", "out."))}
+        assert self.compared == recorded
+        assert {"step.00.velocity_video", "out.video", "out.audio"} <= recorded
 
 
 @E2E
-def test_golden_sampling_runs(golden: GoldenFile) -> None:
+def test_golden_sampling_runs(golden: GoldenFile, monkeypatch: pytest.MonkeyPatch) -> None:
     run, meta = Run(golden), golden.config
+    velocity_function = stages.velocity_function
+    monkeypatch.setattr(stages, "velocity_function", lambda *args: run.checked(velocity_function(*args)))
     shape = run.shape()
     guided = meta["cfg_number"] == 2
     start = run.start()
@@ -98,26 +105,20 @@ def test_golden_sampling_runs(golden: GoldenFile) -> None:
     assert start.audio.shape[1] == shape.audio_latents
     # the published few-step run re-noises a given sound, the two-pass run holds it
     held = run.given_audio if guided else None
-    velocities: list[Latents] = []
     latents = sample_base(
-        recorded_network(golden, "base", velocities), start, run.text,
+        recorded_network(golden, "base"), start, run.text,
         negative=run.negative if guided else None, few_step=not guided, steps=meta["steps"],
         noise_fn=run.step_noise, conditions=Conditions(run.image(rounded(meta["base_size"])), held),
         shift=meta["shift"], callback=run.check_step(held),
     )  # fmt: skip
-    if not guided:
-        for stream in Latents._fields:
-            want = run.tensors[f"step.00.velocity_{stream}"]
-            assert relative_error(getattr(velocities[0], stream), want) < 1e-4
     if "sr_size" in meta:
         noise = Latents(next(run.draws), next(run.draws))
         sr_guided = meta["sr_cfg_number"] == 2
         latents = sample_super_resolution(
-            recorded_network(golden, "sr", velocities), latents, noise, run.text,
+            recorded_network(golden, "sr"), latents, noise, run.text,
             negative=run.negative if sr_guided else None, steps=meta["sr_steps"],
             first_frame=run.image(rounded(meta["sr_size"])),
             shift=meta["shift"], callback=run.check_step(mix_audio(latents.audio, noise.audio)),
         )  # fmt: skip
-    run.compare("out", latents)
-    assert next(run.draws, None) is None, "every recorded draw must be used"
-    assert {f"out.{stream}" for stream in Latents._fields} <= run.compared
+    run.compare("out.", latents)
+    run.assert_all_was_compared()

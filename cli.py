@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,16 +14,15 @@ import torch
 from tqdm import tqdm
 
 from . import __version__
-from .doctor import doctor
+from .doctor import doctor, part_path
 from .media import read_audio
-from .model import catalog
 from .model.audio_vae import ENCODE_RATE
-from .model.checkpoint import Checkpoint, check_names, describe, open_checkpoint
+from .model.checkpoint import Checkpoint, check_names, describe
 from .model.config import PRESETS, Preset
-from .model.geometry import FPS, MAX_SECONDS, MIN_SECONDS, FilmShape, super_resolution_size
+from .model.geometry import FPS, MAX_SECONDS, MIN_SECONDS, FilmShape, audio_latents, super_resolution_size
 from .model.weight_files import write_tensors
 from .options import DTYPES, default_device, models_folder, parser, sentence
-from .sampler.parts import Parts
+from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
 from .sampler.pipeline import FilmRequest, generate, write_film
 from .sampler.plan import Plan, plan_film, require_fit
 from .sampler.stages import RECIPES
@@ -57,19 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _open_parts(options: argparse.Namespace, folder: Path) -> dict[str, Checkpoint]:
     """The checkpoints that these options need, by role; the first that is missing or wrong raises."""
-    decoder = "turbo" if options.decoder == "turbo" else "video_vae"
-    wanted = {"text_encoder": ("text_encoder", "text_encoder", None)}
-    if options.image:
-        wanted["video_vae"] = ("video_vae", "video_vae", None)
-    wanted["transformer"] = ("transformer", options.variant, options.variant)
-    if options.sr:
-        wanted["super_resolution"] = ("super_resolution", f"{options.sr}_sr", f"{options.sr}_sr")
-    wanted["video_decoder"] = (decoder, "video_decoder" if decoder == "turbo" else "video_vae", None)
-    wanted["audio_vae"] = ("audio_vae", "audio_vae", None)
     parts = {}
-    for role, (option, name, variant) in wanted.items():
-        path = getattr(options, f"path_{option}") or catalog.find(name, folder)
-        parts[role] = open_checkpoint(path, "transformer" if variant else name, variant)
+    for role, name in needed_parts(
+        options.variant, options.sr, options.decoder, options.image is not None
+    ).items():
+        parts[role] = open_part(name, part_path(options, name, folder))
         check_names(parts[role], parts[role].build().state_dict())  # now, not when its turn comes
     return parts
 
@@ -82,16 +74,14 @@ def _generate(options: argparse.Namespace) -> None:
         _check_output(options.save_latents, ".safetensors")
     checkpoints = _open_parts(options, models_folder(options))
     device, dtype = options.device or default_device(), DTYPES[options.dtype]
-    vae_dtype = torch.float32 if device.type == "cpu" else dtype
 
     def plan(shape: FilmShape, large: FilmShape | None) -> Plan:
         needed = {role: part for role, part in checkpoints.items() if large or role != "super_resolution"}
-        return plan_film(needed, shape, large, dtype, vae_dtype)
+        return plan_film(needed, shape, large, dtype, default_vae_dtype(dtype, device), device)
 
-    offload = require_fit(
-        plan(request.shape, request.large), options.offload, device, _smaller(request, plan)
-    )
-    parts = Parts(checkpoints, device, offload, dtype, vae_dtype)
+    smaller = _smaller(request, options.sr, preset, plan)
+    offload = require_fit(plan(request.shape, request.large), options.offload, smaller)
+    parts = Parts(checkpoints, device, offload, dtype, default_vae_dtype(dtype, device))
     with Bars() as bars:
         film = generate(parts, request, bars.progress, bars.notice)
         if options.save_latents:
@@ -124,16 +114,25 @@ def _sound_seconds(audio: Path) -> float:
 
 
 def _smaller(
-    request: FilmRequest, plan: Callable[[FilmShape, FilmShape | None], Plan]
+    request: FilmRequest, sr: str | None, preset: Preset, plan: Callable[[FilmShape, FilmShape | None], Plan]
 ) -> Iterator[tuple[str, Plan]]:
-    """Plans of smaller films, with the options that ask for them."""
-    if request.large:
-        yield "the film without --sr", plan(request.shape, None)
-    for seconds in (10.0, 5.0, 2.0, 1.0, 0.2):
-        if seconds < request.shape.seconds:
-            latents = round(seconds * FPS) + 1
-            large = request.large and replace(request.large, audio_latents=latents)
-            yield f"--seconds {seconds:g}", plan(replace(request.shape, audio_latents=latents), large)
+    """Plans of smaller films, with what to ask for to get them; the last is the smallest of all."""
+    shape, large = request.shape, request.large
+    if large:
+        yield "the film without --sr", plan(shape, None)
+    for seconds in (10.0, 5.0, 2.0, 1.0, MIN_SECONDS):
+        if seconds < shape.asked_seconds:
+            latents = audio_latents(seconds)
+            shorter = large and replace(large, audio_latents=latents)
+            yield f"--seconds {seconds:g}", plan(replace(shape, audio_latents=latents), shorter)
+    width, height = min(preset.sizes.values(), key=math.prod)
+    if width * height < shape.width * shape.height:
+        small = shape.resized((width, height))
+        enlarged = sr and small.resized(super_resolution_size(sr, (width, height), preset.pixels_1080p))
+        yield f"--size {width}x{height}", plan(small, enlarged)
+        smallest = replace(small, audio_latents=audio_latents(MIN_SECONDS))
+        without = " without --sr" if large else ""
+        yield f"--size {width}x{height} --seconds {MIN_SECONDS:g}{without}", plan(smallest, None)
 
 
 def _check_output(path: Path, suffix: str) -> None:

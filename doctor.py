@@ -3,6 +3,7 @@
 import argparse
 import platform
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,13 +11,20 @@ import torch
 
 from . import __version__
 from .model import catalog
-from .model.checkpoint import Checkpoint, open_checkpoint
-from .model.config import PRESETS, VARIANTS
+from .model.checkpoint import Checkpoint
+from .model.config import PRESETS
 from .model.geometry import FilmShape, super_resolution_size
 from .options import DTYPES, default_device, models_folder, sentence
-from .sampler.plan import free_memory, plan_film, table
+from .sampler.parts import default_vae_dtype, needed_parts, open_part
+from .sampler.placement import OFFLOADS
+from .sampler.plan import GB, TEXT_TOKENS, free_memory, plan_film
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "av", "numpy", "pillow", "einops")
+VARIANT, DECODER = "distill", "turbo"  # what `generate` takes by default
+PATH_OPTIONS = {
+    "base": "transformer", "distill": "transformer", "540p_sr": "super_resolution",
+    "1080p_sr": "super_resolution", "video_decoder": "turbo",
+}  # fmt: skip
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -24,45 +32,64 @@ def doctor(options: argparse.Namespace) -> None:
     device = options.device or default_device()
     lines = [f"happyhorse {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines.append(", ".join(f"{name} {_version(name)}" for name in PACKAGES))
-    lines.append(f"device {device}: {free_memory(device) / 1e9:.1f} GB free; "
-                 f"RAM: {free_memory(torch.device('cpu')) / 1e9:.1f} GB free")  # fmt: skip
+    lines.append(f"device {device}: {free_memory(device) / GB:.1f} GB free; "
+                 f"RAM: {free_memory(torch.device('cpu')) / GB:.1f} GB free")  # fmt: skip
     sys.stdout.write("\n".join(lines) + "\n")
     checkpoints = _found_parts(options, models_folder(options))
     sys.stdout.write("\n".join(_needs(options, checkpoints, device)) + "\n")
 
 
+def part_path(options: argparse.Namespace, name: str, folder: Path) -> Path:
+    """The file of a part, by its name in the catalog: the one given, else that in the folder of models."""
+    return getattr(options, f"path_{PATH_OPTIONS.get(name, name)}") or catalog.find(name, folder)
+
+
 def _found_parts(options: argparse.Namespace, folder: Path) -> dict[str, Checkpoint]:
     found = {}
     for name in catalog.SOURCES:
-        option = {"video_decoder": "turbo"}.get(name, name)
-        given = getattr(options, f"path_{option}", None)
         try:
-            path = given or catalog.find(name, folder)
-            found[name] = open_checkpoint(path, "transformer" if name in VARIANTS else name,
-                                          name if name in VARIANTS else None)  # fmt: skip
+            path = part_path(options, name, folder)
+            found[name] = open_part(name, path)
             sys.stdout.write(f"{name}: {path}\n")
         except (ValueError, OSError) as error:
             sys.stdout.write(f"{name}: {sentence(error)}\n")
     return found
 
 
-def _needs(options: argparse.Namespace, found: dict[str, Checkpoint], device: torch.device) -> list[str]:
-    """What films of the preset's first size need, plain and with both super-resolutions."""
-    preset, dtype = PRESETS[options.preset], DTYPES[options.dtype]
-    size = preset.sizes[preset.default_aspect]
-    shape = FilmShape.from_seconds(*size, options.seconds or preset.default_seconds)
-    lines = []
+def _needs(options: argparse.Namespace, found: dict[str, Checkpoint], device: torch.device) -> Iterator[str]:
+    """What films of the preset's sizes need, plain and with both super-resolutions, as lines of a table."""
+    preset = PRESETS[options.preset]
+    seconds = options.seconds or preset.default_seconds
+    columns = "".join(f"{offload:>9}" for offload in OFFLOADS)
+    yield f"\nGB on {device} by --offload and, for blocks, in RAM; computed, not measured; {seconds:g} s,"
+    yield f"{VARIANT}, {DECODER} decoder, {options.dtype}, no --image, a prompt of {TEXT_TOKENS} tokens:"
+    yield f"{'size':<9}{'--sr':>6}{'film':>11}{'tokens':>8}{columns}{'RAM':>9}"
     for sr in (None, "540p", "1080p"):
-        names = {"text_encoder": "text_encoder", "transformer": "distill", "video_decoder": "video_decoder",
-                 "audio_vae": "audio_vae"} | ({"super_resolution": f"{sr}_sr"} if sr else {})  # fmt: skip
-        parts = {role: found[name] for role, name in names.items() if name in found}
-        if len(parts) < len(names):
+        names = needed_parts(VARIANT, sr, DECODER, image=False)
+        if missing := [name for name in names.values() if name not in found]:
+            yield f"{'all':<9}{sr or '-':>6}  not computed without {', '.join(missing)}"
             continue
-        large = sr and shape.resized(super_resolution_size(sr, size, preset.pixels_1080p))
-        final = large or shape
-        lines.append(f"\n{final.width}x{final.height}, {shape.seconds:g} s, {options.dtype} (computed):")
-        lines.append(table(plan_film(parts, shape, large, dtype, torch.float32), device))
-    return lines or ["not all parts are there, so no needs can be computed"]
+        parts = {role: found[name] for role, name in names.items()}
+        for size in preset.sizes.values():
+            shape = FilmShape.from_seconds(*size, seconds)
+            large = sr and shape.resized(super_resolution_size(sr, size, preset.pixels_1080p))
+            yield _row(options, parts, shape, sr, large, device)
+
+
+def _row(
+    options: argparse.Namespace,
+    parts: dict[str, Checkpoint],
+    shape: FilmShape,
+    sr: str | None,
+    large: FilmShape | None,
+    device: torch.device,
+) -> str:
+    dtype, final = DTYPES[options.dtype], large or shape
+    plan = plan_film(parts, shape, large, dtype, default_vae_dtype(dtype, device), device)
+    tokens = final.video_tokens + final.audio_latents + TEXT_TOKENS
+    size, film = (f"{s.width}x{s.height}" for s in (shape, final))
+    needs = [*(plan.on_device(offload) for offload in OFFLOADS), plan.in_ram("blocks")]
+    return f"{size:<9}{sr or '-':>6}{film:>11}{tokens:>8}" + "".join(f"{n / GB:>9.2f}" for n in needs)
 
 
 def _version(package: str) -> str:

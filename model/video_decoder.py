@@ -5,7 +5,8 @@ see one more latent on either side and drop its frames. F latent frames give 4F-
 Shapes and layout are those of video_vae.py: [B, C, F, Y, X], channels last in memory.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,8 @@ from .video_vae import (
     per_frame,
     unpatchify,
 )
+
+PIECE_FRAMES, PIECE_VALUES = 4, 2**23  # go through a convolution at once, whichever is more
 
 # Fields of the published configuration that ours does not have, with the only value this file implements.
 IMPLEMENTED = {
@@ -122,8 +125,9 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, is_first: bool) -> Tensor:
         x = self.mid_block(self.conv_in(x))
         for stage in self.up_blocks:
-            x = stage(x, is_first)
-        return unpatchify(self.conv_out(F.silu(rms_norm(x))), self.patch_size)
+            for layer in stage.layers(is_first):
+                x = layer(x)
+        return unpatchify(self.conv_out(x, lambda x: F.silu(rms_norm(x))), self.patch_size)
 
 
 class Middle(nn.Module):
@@ -153,14 +157,13 @@ class UpStage(nn.Module):
             ResidualBlock(width, width, operations, first_relu=upsample) for _ in range(blocks)
         )
 
-    def forward(self, x: Tensor, is_first: bool) -> Tensor:
+    def layers(self, is_first: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Yield what to apply one after the other; a `forward` would keep its input alive to the end."""
         if self.conv_in is not None:
-            x = self.conv_in(x)
+            yield self.conv_in
         for upsampler in self.upsamplers:
-            x = upsampler(x, is_first)
-        for block in self.resnets:
-            x = block(x)
-        return x
+            yield partial(upsampler, is_first=is_first)
+        yield from self.resnets
 
 
 class UpStep(nn.Module):
@@ -188,14 +191,19 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = Conv(width_in, width, 1, 1, operations) if width_in != width else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.activation(rms_norm(x)))
-        h = F.silu(rms_norm(h))  # bound anew: at full size every tensor less counts
-        h = self.conv2(h)
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(rms_norm(x, eps=1e-6)))
+        h = self.conv1(x, lambda x: self.activation(rms_norm(x)))
+        h = self.conv2(h, lambda h: F.silu(rms_norm(h)))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x, lambda x: rms_norm(x, eps=1e-6))
+        return h.add_(x)  # in place: at full size every tensor less counts
 
 
 class Conv(nn.Module):
-    """A 3-D convolution that repeats the first and the last frame and pads space with zeros; sizes stay."""
+    """A 3-D convolution that repeats the first and the last frame and pads space with zeros; sizes stay.
+
+    What comes right before it, `prepare`, works on each frame alone. Both take a few frames at a time: only
+    the input and the result are whole.
+    """
 
     def __init__(self, width_in: int, width: int, time: int, space: int, operations: Any) -> None:
         super().__init__()
@@ -203,10 +211,30 @@ class Conv(nn.Module):
         padding = (0, space // 2, space // 2)
         self.conv = operations.Conv3d(width_in, width, (time, space, space), padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.repeats:
-            x = torch.cat([x[:, :, :1]] * self.repeats + [x] + [x[:, :, -1:]] * self.repeats, dim=2)
-        return self.conv(x)
+    def forward(self, x: Tensor, prepare: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        batch, _, frames, rows, columns = x.shape
+        shape = (batch, self.conv.out_channels, frames, rows, columns)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        size = piece_frames(x[:, :, 0].numel())
+        for start in range(0, frames, size):
+            first, last = start - self.repeats, min(start + size, frames) + self.repeats
+            seen = prepare(x[:, :, max(first, 0) : last])
+            seen = repeat_ends(seen, max(-first, 0), max(last - frames, 0))
+            out[:, :, start : start + size] = self.conv(seen)
+            del seen  # before the next is made
+        return out
+
+
+def piece_frames(values: int) -> int:
+    """How many frames of so many values each go through a convolution at once; small pictures all."""
+    return max(PIECE_FRAMES, PIECE_VALUES // values)
+
+
+def repeat_ends(x: Tensor, before: int, after: int) -> Tensor:
+    """Return `x` with its first and its last frame repeated so many times more."""
+    if not before and not after:
+        return x
+    return torch.cat([x[:, :, :1]] * before + [x] + [x[:, :, -1:]] * after, dim=2)
 
 
 def rms_norm(x: Tensor, eps: float = 1e-8) -> Tensor:

@@ -134,12 +134,19 @@ class Decoder(nn.Module):
             for ends, step in zip(pairwise(widths), steps, strict=True)
         )
         self.head = Head(widths[-1], 3 * PATCH**2, operations)
+        self.doubling = max((i for i, step in enumerate(steps, 1) if step[0] > 1), default=0)  # stages
 
     def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         x = self.middle(run_causal(self.conv1, x, cache), cache)
-        for stage in self.upsamples:
+        for stage in self.upsamples[: self.doubling]:
             x = stage(x, cache)
-        return self.head(x, cache)
+        # The rest is as causal one by one, and at full size the frames of a chunk together are too large.
+        return torch.cat([self._finish(frame, cache) for frame in x.split(1, dim=2)], dim=2)
+
+    def _finish(self, frame: Tensor, cache: FrameCache) -> Tensor:
+        for stage in self.upsamples[self.doubling :]:
+            frame = stage(frame, cache)
+        return self.head(frame, cache)
 
 
 class DownStage(nn.Module):

@@ -7,11 +7,40 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..model.checkpoint import Checkpoint, load
+from ..model.checkpoint import Checkpoint, load, open_checkpoint
+from ..model.config import VARIANTS
 from ..model.run_block import RunBlock, run_in_place
 from .placement import LayerStream
 
 STREAMED_PARTS = ("transformer", "text_encoder")
+
+
+def needed_parts(variant: str, sr: str | None, decoder: str, image: bool) -> dict[str, str]:
+    """The parts of a film by role, in the order of their stages, under their names in the catalog."""
+    parts = {"text_encoder": "text_encoder"}
+    if image:
+        parts["video_vae"] = "video_vae"
+    parts["transformer"] = variant
+    if sr:
+        parts["super_resolution"] = f"{sr}_sr"
+    parts["video_decoder"] = "video_decoder" if decoder == "turbo" else "video_vae"
+    return {**parts, "audio_vae": "audio_vae"}
+
+
+def open_part(name: str, path: Path) -> Checkpoint:
+    """Open the file of a part under its name in the catalog, which for a transformer is its variant."""
+    return open_checkpoint(path, *(("transformer", name) if name in VARIANTS else (name, None)))
+
+
+def default_vae_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the video VAE and decoder; CPUs are slow at convolutions in less than float32."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+def part_dtype(part: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a part is loaded in."""
+    vaes = {"video_vae": vae_dtype, "video_decoder": vae_dtype, "audio_vae": torch.float32}
+    return vaes.get(part, dtype)
 
 
 class Parts:
@@ -31,8 +60,7 @@ class Parts:
     ) -> None:
         self.checkpoints = checkpoints
         self.device, self.offload = device, offload
-        self._dtypes = {"video_vae": vae_dtype, "video_decoder": vae_dtype, "audio_vae": torch.float32}
-        self._dtype = dtype
+        self._dtype, self._vae_dtype = dtype, vae_dtype
         self._kept: dict[Path, nn.Module] = {}
 
     @contextmanager
@@ -42,7 +70,7 @@ class Parts:
         streams = self.offload == "blocks" and checkpoint.part in STREAMED_PARTS
         module = self._kept.get(checkpoint.path)
         if module is None:
-            dtype = self._dtypes.get(checkpoint.part, self._dtype)
+            dtype = part_dtype(checkpoint.part, self._dtype, self._vae_dtype)
             module = load(checkpoint, dtype, self.device, layers_on_cpu=streams)
         if self.offload == "none":
             self._kept[checkpoint.path] = module

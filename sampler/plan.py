@@ -1,7 +1,8 @@
 """The memory plan: bytes of weights and activations of every stage, and which placement fits.
 
-Weights are counted exactly. Activations are estimates of the largest tensors alive at once; they have been
-compared with measured peaks only at small sizes.
+Weights are counted from the files. Activations are sums of the tensors alive at each network's fullest
+moment, as its code makes them; tests/sampler/test_plan.py compares them with the live tensors of the networks
+themselves, of published and miniature size. What a device's library takes beside tensors is not in them.
 """
 
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from ..model.audio_vae import CHUNK, decoder_context
 from ..model.checkpoint import Checkpoint, storage_dtype
 from ..model.config import (
     AudioVAEConfig,
+    Config,
     TextEncoderConfig,
     TransformerConfig,
     VideoDecoderConfig,
@@ -21,56 +23,63 @@ from ..model.config import (
 )
 from ..model.geometry import FilmShape
 from ..model.transformer import MLP_TOKENS
+from ..model.video_decoder import piece_frames
+from .parts import STREAMED_PARTS, part_dtype
+from .placement import OFFLOADS
 
 GB = 1e9
-TEXT_TOKENS = 640
+TEXT_TOKENS = 640  # what a prompt is taken for: it is encoded whole, and a longer one needs more
 RESERVE = 0.06  # share of the memory left to the driver, the allocator's gaps and everybody else
+SMALL_TENSORS = 1.05  # everything that the formulas leave out
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage needs on the device, in bytes; `streamed` is what its weights need when layers are
-    streamed.
-    """
+    """What one stage needs, in bytes. `layers` is the part of its weights that can be streamed."""
 
     name: str
     weights: int
-    streamed: int
     activations: int
-
-    def on_device(self, offload: str) -> int:
-        """Bytes on the device at the stage's peak, under an offload other than 'none'."""
-        return self.activations + (self.streamed if offload == "blocks" else self.weights)
+    layers: int = 0
+    largest_layer: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of one film in their order; one whole transformer or encoder is in memory at a time, if
-    offloaded.
-    """
+    """The stages of one film on a device; if offloaded, the weights of one stage at a time are there."""
 
     stages: tuple[Stage, ...]
+    device: torch.device
 
     def on_device(self, offload: str) -> int:
         """Peak bytes on the device under an offload ('none', 'stage' or 'blocks')."""
         if offload == "none":
-            return sum(stage.weights for stage in self.stages) + max(
-                stage.activations for stage in self.stages
-            )
-        return max(stage.on_device(offload) for stage in self.stages)
+            return sum(s.weights for s in self.stages) + max(s.activations for s in self.stages)
+        return max(s.activations + self._weights(s, offload) for s in self.stages)
 
-    def in_ram(self, offload: str, device: torch.device) -> int:
-        """Peak bytes of weights in CPU memory beside what a CPU device needs."""
-        on_cpu = device.type == "cpu"
-        return max(s.weights for s in self.stages) if offload == "blocks" and not on_cpu else 0
+    def _weights(self, stage: Stage, offload: str) -> int:
+        if offload == "stage":
+            return stage.weights
+        # Two layers are copied; where the device is the CPU, what they are copied from lies there too.
+        elsewhere = 0 if self.device.type == "cpu" else stage.layers
+        return stage.weights - elsewhere + 2 * stage.largest_layer
 
-    def choose(self, free: int) -> str | None:
-        """The first placement, the fastest first, whose peak fits `free` bytes of the device; None if none
-        does.
-        """
-        return next(
-            (offload for offload in ("none", "stage", "blocks") if self.on_device(offload) <= free), None
+    def in_ram(self, offload: str) -> int:
+        """Peak bytes that lie in RAM for good beside an accelerator: the layers to stream, and two staged."""
+        if offload != "blocks" or self.device.type == "cpu":
+            return 0
+        return max(s.layers + 2 * s.largest_layer for s in self.stages)
+
+    def fits(self, offload: str) -> bool:
+        """Whether the device and the RAM have what is needed under an offload."""
+        return self.on_device(offload) <= free_memory(self.device) and self.in_ram(offload) <= free_memory(
+            CPU
         )
+
+    def choose(self, offloads: Iterable[str] = OFFLOADS) -> str | None:
+        """The first placement that fits, the fastest first; None if none does."""
+        return next((offload for offload in offloads if self.fits(offload)), None)
 
 
 def free_memory(device: torch.device) -> int:
@@ -82,125 +91,152 @@ def free_memory(device: torch.device) -> int:
     return int(free * (1 - RESERVE))
 
 
-def plan_film(
-    parts: dict[str, Checkpoint],
-    shape: FilmShape,
-    large: FilmShape | None,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype,
-) -> Plan:
-    """The plan of a film of `shape`, and of `large` after super-resolution.
+def require_fit(plan: Plan, offload: str, smaller: Iterable[tuple[str, Plan]]) -> str:
+    """Return the offload to use ('auto' is decided here); raises MemoryError saying what would fit.
 
-    `parts` holds the opened checkpoints by role: text_encoder, transformer, super_resolution, video_vae (for
-    an image), video_decoder, audio_vae; those not needed are left out.
+    `smaller` are plans of other films, the dearest first, with what to ask for to get them.
     """
-    final = large or shape
-    activations = {
-        "text_encoder": lambda config: _text_encoder(config, dtype),
-        "video_vae": lambda config: _video_encoder(config, final, vae_dtype),
-        "transformer": lambda config: _transformer(config, shape, dtype),
-        "super_resolution": lambda config: _transformer(config, final, dtype),
-        "video_decoder": lambda config: _decoder(config, final, vae_dtype),
-        "audio_vae": lambda config: _audio(config, shape),
-    }
-    dtypes = {"video_vae": vae_dtype, "video_decoder": vae_dtype, "audio_vae": torch.float32}
-    return Plan(tuple(
-        _stage(role, checkpoint, dtypes.get(role, dtype), activations[role](checkpoint.config))
-        for role, checkpoint in parts.items()
-    ))  # fmt: skip
-
-
-def _stage(role: str, checkpoint: Checkpoint, dtype: torch.dtype, activations: int) -> Stage:
-    layers: dict[str, int] = {}
-    weights = 0
-    for own, tensor in checkpoint.build().state_dict().items():
-        size = tensor.numel() * storage_dtype(checkpoint.part, own, dtype).itemsize
-        weights += size
-        head, _, rest = own.removeprefix("block.").partition(".")
-        if head == "layers" and checkpoint.part in ("transformer", "text_encoder"):
-            index = rest.partition(".")[0]
-            layers[index] = layers.get(index, 0) + size
-    streamed = weights - sum(layers.values()) + 2 * max(layers.values()) if layers else weights
-    return Stage(role.replace("_", " "), weights, streamed, activations)
-
-
-def _transformer(config: TransformerConfig, shape: FilmShape, dtype: torch.dtype) -> int:
-    tokens = shape.video_tokens + shape.audio_latents + TEXT_TOKENS
-    wide = config.hidden_size + 2 * config.num_query_groups * config.head_dim
-    attention = tokens * (config.hidden_size * 8 + wide * (2 * dtype.itemsize + 8))
-    inner = max(config.inner_width(i) for i in range(config.num_layers))
-    mlp = tokens * config.hidden_size * 12 + min(tokens, MLP_TOKENS) * inner * 24
-    return max(attention, mlp)
-
-
-def _text_encoder(config: TextEncoderConfig, dtype: torch.dtype) -> int:
-    scores = config.num_attention_heads * TEXT_TOKENS * TEXT_TOKENS * 8
-    return scores + TEXT_TOKENS * (4 * config.hidden_size + 3 * config.intermediate_size) * max(
-        4, dtype.itemsize
+    asked = OFFLOADS if offload == "auto" else (offload,)
+    if (chosen := plan.choose(asked)) is not None:
+        return chosen
+    cures = []
+    if (other := plan.choose()) is not None:
+        cures.append(f"--offload {other} ({_need(plan, other)})")
+    for what, film in smaller:
+        if (other := film.choose((*asked, *OFFLOADS))) is not None:
+            cures.append(what if other in asked else f"{what} with --offload {other}")
+            break
+    least = min(asked, key=plan.on_device)
+    free = f"{_gb(free_memory(plan.device))}"
+    if plan.in_ram(least):
+        free += f" and {_gb(free_memory(CPU))}"
+    raise MemoryError(
+        f"this film needs about {_need(plan, least)} with --offload {least}, {free} are free; "
+        + (f"what would fit: {' or '.join(cures)}" if cures else "nothing smaller would fit")
     )
 
 
-def _video_encoder(config: VideoVAEConfig, shape: FilmShape, dtype: torch.dtype) -> int:
-    return shape.width * shape.height // 4 * config.dim * 8 * dtype.itemsize
-
-
-def _decoder(config: VideoDecoderConfig | VideoVAEConfig, shape: FilmShape, dtype: torch.dtype) -> int:
-    pixels = shape.width * shape.height
-    if isinstance(
-        config, VideoVAEConfig
-    ):  # four frames at half the size, the widest features before the last stage
-        return pixels // 4 * 4 * config.dec_dim * 2 * 5 * dtype.itemsize
-    frames = min(4 * (config.first_chunk_size + 2), shape.pixel_frames)
-    return pixels // 4 * frames * config.decoder_block_out_channels[0] * 5 * dtype.itemsize
-
-
-def _audio(config: AudioVAEConfig, shape: FilmShape) -> int:
-    # the last decoder block has the first width at every sample; its residual units hold a few tensors of
-    # that size
-    latents = min(shape.audio_latents, CHUNK + 2 * decoder_context(config))
-    return latents * config.samples_per_latent * config.channels * 5 * torch.float32.itemsize
-
-
-def table(plan: Plan, device: torch.device) -> str:
-    """The plan as lines of text: bytes on the device per stage, and the peak of every placement."""
-    lines = [f"{'stage':<20}{'weights':>12}{'streamed':>12}{'activations':>14}"]
-    lines += [
-        f"{s.name:<20}{_gb(s.weights):>12}{_gb(s.streamed):>12}{_gb(s.activations):>14}" for s in plan.stages
-    ]
-    lines += [
-        f"--offload {offload:<10}{_gb(plan.on_device(offload)):>12} on {device}, "
-        f"{_gb(plan.in_ram(offload, device))} in RAM"
-        for offload in ("none", "stage", "blocks")
-    ]
-    return "\n".join(lines)
+def _need(plan: Plan, offload: str) -> str:
+    ram = plan.in_ram(offload)
+    return f"{_gb(plan.on_device(offload))} on {plan.device}" + (f" and {_gb(ram)} of RAM" if ram else "")
 
 
 def _gb(size: int) -> str:
     return f"{size / GB:.2f} GB"
 
 
-def require_fit(plan: Plan, offload: str, device: torch.device, smaller: Iterable[tuple[str, Plan]]) -> str:
-    """Return the offload to use ('auto' is decided here); raises MemoryError saying what would fit."""
-    free = free_memory(device)
-    chosen = plan.choose(free) if offload == "auto" else offload
-    if chosen is not None and plan.on_device(chosen) <= free:
-        _require_ram(plan, chosen, device)
-        return chosen
-    asked = chosen or "blocks"
-    cures = [f"--offload {other} ({_gb(plan.on_device(other))})" for other in ("stage", "blocks")
-             if offload != "auto" and plan.on_device(other) <= free]  # fmt: skip
-    cures += [what for what, other in smaller if other.choose(free)][:1]
-    raise MemoryError(
-        f"this film needs about {_gb(plan.on_device(asked))} on {device} with --offload {asked}, "
-        f"{_gb(free)} are free; "
-        + (f"what would fit: {' or '.join(cures)}" if cures else "nothing smaller would fit")
+def plan_film(
+    parts: dict[str, Checkpoint],
+    shape: FilmShape,
+    large: FilmShape | None,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:
+    """The plan of a film of `shape`, and of `large` after super-resolution.
+
+    `parts` holds the opened checkpoints by role, as `parts.needed_parts` names them.
+    """
+    shapes = {"transformer": shape, "audio_vae": shape}
+    return Plan(tuple(
+        _stage(role, part, shapes.get(role, large or shape), part_dtype(part.part, dtype, vae_dtype), device)
+        for role, part in parts.items()
+    ), device)  # fmt: skip
+
+
+def _stage(
+    role: str, checkpoint: Checkpoint, shape: FilmShape, dtype: torch.dtype, device: torch.device
+) -> Stage:
+    weights, layers = 0, {}
+    for own, name in checkpoint.names.items():
+        elements = torch.Size(checkpoint.file.tensors[name].shape).numel()
+        size = elements * storage_dtype(checkpoint.part, own, dtype).itemsize
+        weights += size
+        head, _, rest = own.removeprefix("block.").partition(".")
+        if head == "layers" and checkpoint.part in STREAMED_PARTS:
+            index = rest.partition(".")[0]
+            layers[index] = layers.get(index, 0) + size
+    needed = int(SMALL_TENSORS * activations(role, checkpoint.config, shape, dtype, device))
+    return Stage(
+        role.replace("_", " "), weights, needed, sum(layers.values()), max(layers.values(), default=0)
     )
 
 
-def _require_ram(plan: Plan, offload: str, device: torch.device) -> None:
-    needed, free = plan.in_ram(offload, device), free_memory(torch.device("cpu"))
-    if needed > free:
-        raise MemoryError(
-            f"streaming needs {_gb(needed)} of RAM for the largest part, {_gb(free)} are free; "
-            "close other programs, or use --offload stage on a larger device"
-        )
+def activations(
+    role: str, config: Config, shape: FilmShape, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Bytes of the tensors alive at the fullest moment of the network of a role, without its weights."""
+    size = dtype.itemsize
+    if isinstance(config, TransformerConfig):
+        return _transformer(config, shape, size, device)
+    if isinstance(config, TextEncoderConfig):
+        return _text_encoder(config, size)
+    if isinstance(config, AudioVAEConfig):
+        return _audio(config, shape)
+    if isinstance(config, VideoDecoderConfig):
+        return _turbo_decoder(config, shape, size)
+    return (_video_encoder if role == "video_vae" else _wan_decoder)(config, shape, size)
+
+
+def _transformer(config: TransformerConfig, shape: FilmShape, size: int, device: torch.device) -> int:
+    tokens = shape.video_tokens + shape.audio_latents + TEXT_TOKENS
+    width, groups = config.hidden_size, config.num_query_groups * config.head_dim
+    windowed = bool(config.local_attn_layers) and config.frame_receptive_field < shape.latent_frames - 1
+    stream = 4 * width + 3 * config.head_dim  # float32, and the rotary table
+    heads = size * (width + 2 * groups + config.num_heads) + size * (width + groups)  # qkvg; q and k rotated
+    # keys and values of all heads, the result and its copies; with windows, pieces of all these
+    attended = (6 if windowed else 4) * size * width
+    if device.type == "cpu":  # there all of it is float32
+        attended = (2 * size + (8 if size == 4 else 18) + (14 if windowed else 0)) * width
+    gated = (8 + size) * width
+    inner = max(
+        config.inner_width(i) * (16 if i in config.gelu7_layers else 24) for i in range(config.num_layers)
+    )
+    mlp = tokens * (2 * 4 + size) * width + min(tokens, MLP_TOKENS) * inner
+    return max(tokens * (stream + heads + max(attended, gated)), mlp)
+
+
+def _text_encoder(config: TextEncoderConfig, size: int) -> int:
+    heads = (3 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    scores = config.num_attention_heads * TEXT_TOKENS**2 * 12  # three of float32, or its equal
+    return scores + TEXT_TOKENS * size * (2 * config.hidden_size + heads)
+
+
+def _turbo_decoder(config: VideoDecoderConfig, shape: FilmShape, size: int) -> int:
+    pixels, length = shape.width * shape.height, shape.latent_frames
+    first, step = config.first_chunk_size, config.step_size
+    frames, chunk = 4 * first - 3, 0
+    if length > first:  # later windows; meanwhile the pixels of the one before are being written
+        frames, chunk = 4 * (step + 1 + (length > first + step)), 4 * 3 * pixels * 4 * step
+    # The last blocks at full size hold input, between and output; a piece takes 10 bytes a value for its norm.
+    full = config.decoder_spatio_temporal_scaling.index(True) + 1
+    frame = pixels // config.patch_size**2 * max(config.decoder_block_out_channels[:full])
+    piece = min(piece_frames(frame) + 2, frames)
+    return 3 * frames * frame * size + piece * frame * 10 + chunk + _latents(shape)
+
+
+def _wan_decoder(config: VideoVAEConfig, shape: FilmShape, size: int) -> float:
+    # The first block at full size works on two widths, beside two frames of the past of every convolution:
+    # together 46 frames of one width. There are four frames of pixels at a time, and those before them.
+    pixels = shape.width * shape.height
+    return pixels * (46.5 * config.dec_dim / 4 * size + 2 * 4 * 3 * 4) + _latents(shape)
+
+
+def _video_encoder(config: VideoVAEConfig, shape: FilmShape, size: int) -> float:
+    # 15 frames of the first width, most of them the past that a picture alone does not need; then the patches
+    pixels = shape.width * shape.height
+    return pixels * (15.3 * config.dim / 4 * size + 9 * size + 3 * 4)
+
+
+def _latents(shape: FilmShape) -> int:
+    return 4 * 48 * shape.latent_frames * shape.latent_rows * shape.latent_columns
+
+
+def _audio(config: AudioVAEConfig, shape: FilmShape) -> int:
+    # Five tensors of the first width at every sample of a piece; or the largest weight, put together anew.
+    latents = min(shape.audio_latents, CHUNK + 2 * decoder_context(config))
+    widths = [config.channels * multiple for multiple in config.c_mults[-2:]]
+    weight = 4 * widths[0] * widths[-1] * 2 * config.strides[-1]
+    piece = 5 * 4 * latents * config.samples_per_latent * config.channels
+    sound = 4 * config.io_channels * shape.audio_latents * config.samples_per_latent
+    return max(piece, weight) + sound

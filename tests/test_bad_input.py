@@ -545,7 +545,12 @@ def test_miniature_models_that_do_not_fit_on_the_disk_are_told(
 
 # options of a film, those of a smaller one, and how that one is called
 SMALLER = {
-    "a shorter film": (["--size", "512x512", "--seconds", "2"], ["--size", "512x512"], "--seconds 0.2"),
+    "a shorter film": (
+        ["--size", "512x512", "--seconds", "2"],
+        ["--size", "512x512", "--seconds", "1"],
+        "--seconds 1",
+    ),
+    "a smaller picture": (["--size", "512x512"], ["--size", "128x96"], "--size 128x96"),
     "a smaller film": (["--size", "512x512", "--sr", "540p"], ["--size", "512x512"], "the film without --sr"),
     "another placement": (["--offload", "none"], ["--offload", "stage"], "--offload stage ("),
 }

@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from happyhorse.model.checkpoint import load, open_checkpoint
-from happyhorse.model.geometry import FilmShape
 from happyhorse.model.packing import Latents
 from happyhorse.sampler.noise import FilmNoise
 from happyhorse.sampler.placement import LayerStream
-from happyhorse.sampler.plan import Plan, Stage, plan_film, require_fit
 from happyhorse.sampler.stages import network_of
 
 CPU = torch.device("cpu")
@@ -72,49 +70,3 @@ def test_an_error_inside_a_streamed_layer_puts_its_weights_back(pony_folder: Pat
     with pytest.raises(RuntimeError):
         LayerStream(transformer.block.layers, CPU)(0, fail, torch.zeros(1))
     assert [p.data_ptr() for p in transformer.block.layers.parameters()] == homes
-
-
-def test_the_plan_counts_the_weights_exactly(pony_folder: Path) -> None:
-    checkpoint = open_checkpoint(pony_folder / "distill")
-    made = plan_film(
-        {"transformer": checkpoint}, FilmShape(128, 128, 26), None, torch.bfloat16, torch.float32
-    )
-    state = load(checkpoint, torch.bfloat16).state_dict()
-    assert made.stages[0].weights == sum(t.nbytes for t in state.values())
-    layers = [sum(t.nbytes for n, t in state.items() if n.startswith(f"block.layers.{i}.")) for i in range(6)]
-    assert made.stages[0].streamed == made.stages[0].weights - sum(layers) + 2 * max(layers)
-
-
-def test_larger_and_longer_films_need_more(pony_folder: Path) -> None:
-    parts = {"transformer": open_checkpoint(pony_folder / "distill")}
-    needs = [
-        plan_film(parts, FilmShape(*size, latents), None, torch.bfloat16, torch.float32).on_device("stage")
-        for size, latents in [((128, 128), 26), ((256, 128), 26), ((256, 256), 26), ((256, 256), 251)]
-    ]
-    assert needs == sorted(needs)
-    assert len(set(needs)) == len(needs)
-
-
-GB = 10**9
-PLAN = Plan((Stage("text encoder", 18 * GB, 4 * GB, GB), Stage("transformer", 30 * GB, 2 * GB, 3 * GB)))
-
-
-@pytest.mark.parametrize(
-    ("free", "offload"),
-    [(60, "none"), (51, "none"), (50, "stage"), (33, "stage"), (32, "blocks"), (5, "blocks"), (4, None)],
-)
-def test_the_fastest_placement_that_fits_is_chosen(free: int, offload: str | None) -> None:
-    assert PLAN.choose(free * GB) == offload
-
-
-def test_what_would_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("happyhorse.sampler.plan.free_memory", lambda _: 20 * GB)
-    assert require_fit(PLAN, "auto", CPU, []) == "blocks"
-    with pytest.raises(
-        MemoryError, match=r"51.00 GB on cpu with --offload none.*would fit: --offload blocks"
-    ):
-        require_fit(PLAN, "none", CPU, [])
-    smaller = [("--seconds 2", Plan((Stage("transformer", GB, GB, GB),)))]
-    monkeypatch.setattr("happyhorse.sampler.plan.free_memory", lambda _: 3 * GB)
-    with pytest.raises(MemoryError, match="what would fit: --seconds 2"):
-        require_fit(PLAN, "auto", CPU, smaller)

@@ -81,8 +81,8 @@ def _generate(options: argparse.Namespace) -> None:
 
     smaller = _smaller(request, options.sr, preset, plan)
     offload = require_fit(plan(request.shape, request.large), options.offload, smaller)
-    parts = Parts(checkpoints, device, offload, dtype, default_vae_dtype(dtype, device))
     with Bars() as bars:
+        parts = Parts(checkpoints, device, offload, dtype, default_vae_dtype(dtype, device), bars.progress)
         film = generate(parts, request, bars.progress, bars.notice)
         if options.save_latents:
             write_tensors(options.save_latents, film.latents._asdict())

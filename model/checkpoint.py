@@ -220,18 +220,20 @@ def load(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     layers_on_cpu: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005
 ) -> nn.Module:
     """Load a module, ready for inference: one tensor at a time is read, cast and moved to `device`.
 
     `dtype` is that of the transformer's block linears (all else of it is float32) or of all weights of
-    another part. With `layers_on_cpu` the weights of its layers stay in CPU memory. Raises ValueError for
-    tensors that do not fit or are not finite.
+    another part. With `layers_on_cpu` the weights of its layers stay in CPU memory. `progress` is told how
+    many tensors of how many are there. Raises ValueError for tensors that do not fit or are not finite.
     """
     module = checkpoint.build(dtype)
     expected = module.state_dict()
     check_names(checkpoint, expected)
     state = {}
-    for own in expected:
+    for done, own in enumerate(expected):
+        progress(done, len(expected))
         home = torch.device("cpu") if layers_on_cpu and re.match(r"(block\.)?layers\.", own) else device
         if own not in checkpoint.names:
             state[own] = rope_bands(checkpoint.config.head_dim).to(home)  # the one optional tensor
@@ -240,6 +242,7 @@ def load(
         tensor = stored.to(home, storage_dtype(checkpoint.part, own, dtype))
         _check_finite(tensor, own, checkpoint)
         state[own] = tensor
+    progress(len(expected), len(expected))
     module.load_state_dict(state, strict=True, assign=True)
     return module.requires_grad_(False).eval()
 

@@ -1,7 +1,8 @@
 """The networks of one film: opened together, loaded when their stage comes, and let go of after it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ..model.config import VARIANTS
 from ..model.run_block import RunBlock, run_in_place
 from .placement import LayerStream
 
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
 STREAMED_PARTS = ("transformer", "text_encoder")
 
 
@@ -47,7 +49,7 @@ class Parts:
     """Opened checkpoints by role, and where and how they are run.
 
     Roles: text_encoder, transformer, audio_vae, video_decoder (of either kind), and where they are needed
-    video_vae and super_resolution. `offload` is 'none', 'stage' or 'blocks'.
+    video_vae and super_resolution. `offload` is 'none', 'stage' or 'blocks'. `progress` hears of loading.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Parts:
         offload: str,
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
+        progress: Progress = lambda stage, done, total: None,  # noqa: ARG005
     ) -> None:
         self.checkpoints = checkpoints
+        self.progress = progress
         self.device, self.offload = device, offload
         self._dtype, self._vae_dtype = dtype, vae_dtype
         self._kept: dict[Path, nn.Module] = {}
@@ -71,7 +75,8 @@ class Parts:
         module = self._kept.get(checkpoint.path)
         if module is None:
             dtype = part_dtype(checkpoint.part, self._dtype, self._vae_dtype)
-            module = load(checkpoint, dtype, self.device, layers_on_cpu=streams)
+            told = partial(self.progress, f"loading the {checkpoint.label}")
+            module = load(checkpoint, dtype, self.device, layers_on_cpu=streams, progress=told)
         if self.offload == "none":
             self._kept[checkpoint.path] = module
         stream = LayerStream(_layers(module), self.device) if streams else None

@@ -17,13 +17,12 @@ from ..model.packing import Latents, PackedLayout
 from ..model.prompt import TextStates, encode_prompt
 from .conditions import Conditions, StepCallback
 from .noise import FilmNoise
-from .parts import Parts
+from .parts import Parts, Progress
 from .stages import RECIPES, network_of, sample_base, sample_super_resolution
 
 AUDIO_MODES = ("hold", "start")
 CURE = "check the weights, or try --dtype float32"
 READ_SECONDS = MAX_SECONDS + 1  # of given sound: more than the longest film, so that a rest is noticed
-Progress = Callable[[str, int, int], None]  # (stage, done, total)
 Notice = Callable[[str], None]  # one sentence for the user
 
 

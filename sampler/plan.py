@@ -208,7 +208,7 @@ def _turbo_decoder(config: VideoDecoderConfig, shape: FilmShape, size: int) -> i
     frames, chunk = 4 * first - 3, 0
     if length > first:  # later windows; meanwhile the pixels of the one before are being written
         frames, chunk = 4 * (step + 1 + (length > first + step)), 4 * 3 * pixels * 4 * step
-    # The last blocks at full size hold input, between and output; a piece takes 10 bytes a value for its norm.
+    # The last blocks at full size hold input, middle and output; a piece needs 10 bytes a value for its norm
     full = config.decoder_spatio_temporal_scaling.index(True) + 1
     frame = pixels // config.patch_size**2 * max(config.decoder_block_out_channels[:full])
     piece = min(piece_frames(frame) + 2, frames)

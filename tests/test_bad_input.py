@@ -32,7 +32,9 @@ Edit = Callable[[State, Header], object]
 Make = Callable[["Packer", str], Path]  # (pack, option) -> the file to give for that option
 
 SMALL = ("--size", "64x64", "--seconds", "0.2", "--steps", "1", "--device", "cpu")
-PROGRESS = re.compile(r"(text|image|audio|sampling|super-resolution|sound|decoding): +\d+%.*")
+PROGRESS = re.compile(
+    r"(loading the [\w ]+|text|image|audio|sampling|super-resolution|sound|decoding): +\d+%.*"
+)
 LONGEST = 450  # characters; the folder of the test's files counts as one
 
 
@@ -49,7 +51,7 @@ class Outcome:
         assert self.code == 2, self.stderr
         lines = [line.strip() for line in re.split(r"[\r\n]", self.stderr) if line.strip()]
         bars = [line for line in lines if PROGRESS.fullmatch(line)]
-        stages = [bar.partition(":")[0] for bar in bars if ":   0%" not in bar]
+        stages = [bar.partition(":")[0] for bar in bars if not re.match(r"loading|.*:   0%", bar)]
         sentences = [line for line in lines if not PROGRESS.fullmatch(line)]
         assert len(sentences) == 1, self.stderr
         sentence = sentences[0].replace(str(self.out.parent), "FOLDER")

@@ -55,6 +55,7 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
+        """The file or folder."""
         return self.file.path
 
     @property
@@ -64,10 +65,12 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> set[str]:
+        """What its tensors are stored in."""
         return {self.file.tensors[name].dtype for name in self.names.values()}
 
     @property
     def parameters(self) -> int:
+        """How many values its tensors hold."""
         return sum(torch.Size(self.file.tensors[name].shape).numel() for name in self.names.values())
 
     def build(self, compute_dtype: torch.dtype = torch.bfloat16) -> nn.Module:

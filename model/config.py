@@ -70,10 +70,12 @@ class TransformerConfig(Config):
 
     @property
     def num_heads(self) -> int:
+        """Query heads of a layer."""
         return self.hidden_size // self.head_dim
 
     @property
     def latent_channels(self) -> int:
+        """Channels of the video latents, of which 2 x 2 make a token."""
         return self.video_in_channels // 4
 
     def inner_width(self, layer: int) -> int:
@@ -138,6 +140,7 @@ class AudioVAEConfig(Config):
 
     @property
     def samples_per_latent(self) -> int:
+        """Samples of sound that one latent stands for."""
         product = 1
         for stride in self.strides:
             product *= stride

@@ -38,10 +38,12 @@ class FilmShape:
 
     @property
     def latent_frames(self) -> int:
+        """T: one for the first picture, then one for every four."""
         return (self.audio_latents - 1) // 4 + 1
 
     @property
     def pixel_frames(self) -> int:
+        """Pictures of the film, 4T - 3."""
         return 4 * self.latent_frames - 3
 
     @property
@@ -56,14 +58,17 @@ class FilmShape:
 
     @property
     def latent_rows(self) -> int:
+        """Rows of a latent frame."""
         return self.height // PIXELS_PER_LATENT
 
     @property
     def latent_columns(self) -> int:
+        """Columns of a latent frame."""
         return self.width // PIXELS_PER_LATENT
 
     @property
     def video_tokens(self) -> int:
+        """Tokens that the transformer makes of the video latents."""
         return self.latent_frames * self.latent_rows * self.latent_columns // 4
 
     def resized(self, size: tuple[int, int]) -> "FilmShape":

@@ -1,6 +1,7 @@
 """The leaf layers of every network. A host may pass a namespace of its own with the same names instead.
 
-Contract of every leaf: it owns `weight` and perhaps `bias`, and it computes in the dtype of its input,
+Contract of every leaf: it owns `weight` and perhaps `bias` (the weight-normalised convolutions of the audio
+VAE, as published, `weight_g` and `weight_v` for the weight), and it computes in the dtype of its input,
 whatever dtype its weights are stored in. A network therefore states its number formats by what it hands to a
 leaf.
 """

@@ -73,14 +73,17 @@ class PackedLayout:
 
     @property
     def tokens_per_frame(self) -> int:
+        """Video tokens of one latent frame."""
         return self.rows * self.columns
 
     @property
     def video_tokens(self) -> int:
+        """Video tokens of the film."""
         return self.frames * self.tokens_per_frame
 
     @property
     def total_tokens(self) -> int:
+        """S, the length of the sequence."""
         return self.video_tokens + self.audio_tokens + self.text_tokens
 
     @cached_property

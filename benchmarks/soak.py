@@ -52,7 +52,7 @@ def main() -> int:
         pixels = np.arange(96 * 128 * 3, dtype=np.uint8).reshape(96, 128, 3)
         Image.fromarray(pixels).save(folder / "image.png")
         sets = option_sets(folder / "image.png")
-        for index, chosen in zip(range(options.films), itertools.cycle(sets), strict=False):
+        for index, chosen in enumerate(itertools.islice(itertools.cycle(sets), options.films)):
             arguments = [
                 "--preset",
                 "pony",

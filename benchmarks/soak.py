@@ -52,6 +52,10 @@ def main() -> int:
         pixels = np.arange(96 * 128 * 3, dtype=np.uint8).reshape(96, 128, 3)
         Image.fromarray(pixels).save(folder / "image.png")
         sets = option_sets(folder / "image.png")
+        if options.films < 3 * len(sets):
+            parser.error(
+                f"--films must be at least {3 * len(sets)}, three rounds of all options, got {options.films}"
+            )
         for index, chosen in enumerate(itertools.islice(itertools.cycle(sets), options.films)):
             arguments = [
                 "--preset",

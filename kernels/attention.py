@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,9 +34,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None
 
     Uses PyTorch's fused attention; windows are taken frame by frame, without a mask of S x S.
     """
-    # With fewer key heads than query heads, most fused kernels step aside for one that makes the whole matrix
-    # of scores; copies of the keys and values cost little beside that.
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if q.device.type != "cpu":
         return _fused(q, k, v) if _sees_all(window) else windowed_by_joining(q, k, v, window)
     # PyTorch's CPU kernel rounds the softmax weights to the dtype of the input. In bfloat16 that alone moves
@@ -47,7 +45,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
+    return _by_head(F.scaled_dot_product_attention(_by_key_head(q, k), k, v), q.shape[2])
+
+
+def _by_key_head(q: Tensor, k: Tensor) -> Tensor:
+    """The query heads of one key head as one long row of queries: [B, N, S, H] -> [B, K, N/K * S, H].
+
+    With fewer key heads than query heads, most fused kernels step aside for one that makes the whole matrix
+    of scores; this way no kernel sees a difference, and no key is copied.
+    """
+    return q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+
+
+def _by_head(out: Tensor, tokens: int) -> Tensor:
+    # the way back; the heads of a token lie together, as in the output of the fused kernels
+    return rearrange(out, "b k (g s) h -> b s (k g) h", s=tokens).transpose(1, 2)
 
 
 def _sees_all(window: FrameWindow | None) -> bool:
@@ -61,9 +73,7 @@ def _near(window: FrameWindow, frame: int) -> slice:
 
 
 def windowed_by_joining(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow) -> Tensor:
-    """Windowed attention on any device, as many key heads as query heads: every frame attends to its keys
-    copied into one piece.
-    """
+    """Windowed attention on any device: every frame attends to its keys copied into one piece."""
     size, video = window.tokens_per_frame, window.frames * window.tokens_per_frame
     pieces = []
     for frame in range(window.frames):
@@ -96,7 +106,8 @@ def windowed_by_merging(
 
 def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     # attention and the logarithm [B, N, S] of each softmax's denominator
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(_by_key_head(q, k), k, v)
+    return _by_head(out, q.shape[2]), log_sum.reshape(q.shape[:3])
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None) -> Tensor:

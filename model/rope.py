@@ -28,11 +28,9 @@ def rope_table(coordinates: Tensor, bands: Tensor) -> Tensor:
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the first 2R of the H values of each head; `x` [B, S, N, H], `table` [S, 2R]; pairs are (i, i +
-    R).
-    """
+    """Rotate the first 2R values of each head in pairs (i, i + R); `x` is [B, N, S, H], `table` [S, 2R]."""
     width = table.shape[1] // 2
-    sin, cos = table.unsqueeze(1).split(width, dim=2)  # [S, 1, R] each
+    sin, cos = table.split(width, dim=1)  # [S, R] each
     first, second, rest = x.split((width, width, x.shape[-1] - 2 * width), dim=-1)
     turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
     return torch.cat((*turned, rest), dim=-1)

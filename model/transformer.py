@@ -150,10 +150,9 @@ class Attention(nn.Module):
         qkvg = self.linear_qkv(self.pre_norm(x, spans).to(dtype), spans)
         q, k, v, gate = qkvg.split(self.sections, dim=-1)
         q, k, v = (rearrange(t, "b s (n h) -> b s n h", h=self.head_dim) for t in (q, k, v))
-        q = apply_rope(self.q_norm(q.float(), spans), rope).to(dtype)
-        k = apply_rope(self.k_norm(k.float(), spans), rope).to(dtype)
-        q_BNSH, k_BKSH, v_BKSH = (t.transpose(1, 2) for t in (q, k, v))
-        out = attend(q_BNSH, k_BKSH, v_BKSH, self.window(layout)).transpose(1, 2)
+        q_BNSH = apply_rope(self.q_norm(q.float(), spans).transpose(1, 2), rope).to(dtype)
+        k_BKSH = apply_rope(self.k_norm(k.float(), spans).transpose(1, 2), rope).to(dtype)
+        out = attend(q_BNSH, k_BKSH, v.transpose(1, 2), self.window(layout)).transpose(1, 2)
         if gate.shape[-1]:
             out = (out.float() * gate.float().sigmoid().unsqueeze(-1)).to(dtype)
         return self.linear_proj(out.flatten(2), spans)

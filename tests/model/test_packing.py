@@ -44,7 +44,7 @@ def test_latents_that_do_not_fit_are_refused() -> None:
 
 
 def test_rotation_keeps_lengths_and_leaves_the_last_quarter() -> None:
-    x = torch.randn(1, 23, 2, 32)
+    x = torch.randn(1, 2, 23, 32)
     table = rope_table(PackedLayout(2, 2, 3, 6, 5, "v2").coordinates(), rope_bands(32))
     y = apply_rope(x, table)
     assert torch.allclose(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)

@@ -29,19 +29,29 @@ class FrameWindow:
 Attention = Callable[[Tensor, Tensor, Tensor, FrameWindow | None], Tensor]
 
 
+FullAttention = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same without a window
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None) -> Tensor:
     """Return softmax(q k^T / sqrt(H)) v: `q` [B, N, S, H], `k` and `v` [B, K, S, H] -> [B, N, S, H].
 
     Uses PyTorch's fused attention; windows are taken frame by frame, without a mask of S x S.
     """
     if q.device.type != "cpu":
-        return _fused(q, k, v) if _sees_all(window) else windowed_by_joining(q, k, v, window)
+        return attention_by(_fused, q, k, v, window)
     # PyTorch's CPU kernel rounds the softmax weights to the dtype of the input. In bfloat16 that alone moves
     # the velocity as far as all other roundings together, and the recorded runs do not have it. It is also
     # faster when the tokens of a head lie together.
     wide = [t.float().contiguous() for t in (q, k, v)]
     out = _fused(*wide) if _sees_all(window) else windowed_by_merging(*wide, window, part_dtype=q.dtype)
     return out.to(q.dtype)
+
+
+def attention_by(
+    full: FullAttention, q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None
+) -> Tensor:
+    """The same on any device by a given attention over whole sequences, where a host has its own."""
+    return full(q, k, v) if _sees_all(window) else windowed_by_joining(full, q, k, v, window)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,16 +82,16 @@ def _near(window: FrameWindow, frame: int) -> slice:
     return slice(first * window.tokens_per_frame, last * window.tokens_per_frame)
 
 
-def windowed_by_joining(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow) -> Tensor:
-    """Windowed attention on any device: every frame attends to its keys copied into one piece."""
+def windowed_by_joining(full: FullAttention, q: Tensor, k: Tensor, v: Tensor, window: FrameWindow) -> Tensor:
+    """Windowed attention by `full`: every frame attends to its keys copied into one piece."""
     size, video = window.tokens_per_frame, window.frames * window.tokens_per_frame
     pieces = []
     for frame in range(window.frames):
         near = _near(window, frame)
         keys = torch.cat((k[:, :, near], k[:, :, video:]), dim=2)
         values = torch.cat((v[:, :, near], v[:, :, video:]), dim=2)
-        pieces.append(_fused(q[:, :, frame * size : (frame + 1) * size], keys, values))
-    pieces.append(_fused(q[:, :, video:], k, v))
+        pieces.append(full(q[:, :, frame * size : (frame + 1) * size], keys, values))
+    pieces.append(full(q[:, :, video:], k, v))
     return torch.cat(pieces, dim=2)
 
 

@@ -85,6 +85,23 @@ def _rows(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.flatten(0, 1), weight).unflatten(0, x.shape[:2])
 
 
+def modality_linear(x: Tensor, weight: Tensor, modalities: int, spans: Spans) -> Tensor:
+    """The product of `ModalityLinear`, `weight` being in the dtype of `x`."""
+    if modalities == 1:
+        return F.linear(x, weight)
+    copies = zip(spans, weight.chunk(modalities), strict=True)
+    return torch.cat([_rows(x[:, start:stop], copy) for (start, stop), copy in copies], dim=1)
+
+
+def modality_rms_norm(x: Tensor, weight: Tensor, modalities: int, spans: Spans, eps: float) -> Tensor:
+    """The norm of `ModalityRMSNorm`, `weight` being in the dtype of `x`."""
+    gain = 1 + weight
+    if modalities == 1:
+        return F.rms_norm(x, gain.shape, gain, eps)
+    copies = zip(spans, gain.chunk(modalities), strict=True)
+    return torch.cat([F.rms_norm(x[:, a:b], copy.shape, copy, eps) for (a, b), copy in copies], dim=1)
+
+
 class ModalityLinear(nn.Module):
     """An unbiased linear whose weight stacks one copy per modality (video, audio, text) along its first axis.
 
@@ -92,26 +109,13 @@ class ModalityLinear(nn.Module):
     With one copy it is a plain linear and `spans` is not looked at.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        modalities: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, modalities: int) -> None:
         super().__init__()
         self.modalities = modalities
-        self.weight = nn.Parameter(
-            torch.empty(modalities * out_features, in_features, dtype=dtype, device=device)
-        )
+        self.weight = nn.Parameter(torch.empty(modalities * out_features, in_features))
 
     def forward(self, x: Tensor, spans: Spans) -> Tensor:
-        weight = _cast(self.weight, x)
-        if self.modalities == 1:
-            return F.linear(x, weight)
-        copies = zip(spans, weight.chunk(self.modalities), strict=True)
-        return torch.cat([_rows(x[:, start:stop], copy) for (start, stop), copy in copies], dim=1)
+        return modality_linear(x, _cast(self.weight, x), self.modalities, spans)
 
 
 class ModalityRMSNorm(nn.Module):
@@ -122,18 +126,10 @@ class ModalityRMSNorm(nn.Module):
 
     eps = 1e-6
 
-    def __init__(
-        self, dim: int, modalities: int, dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, dim: int, modalities: int) -> None:
         super().__init__()
         self.modalities = modalities
-        self.weight = nn.Parameter(torch.empty(modalities * dim, dtype=dtype, device=device))
+        self.weight = nn.Parameter(torch.empty(modalities * dim))
 
     def forward(self, x: Tensor, spans: Spans) -> Tensor:
-        gain = 1 + _cast(self.weight, x)
-        if self.modalities == 1:
-            return F.rms_norm(x, gain.shape, gain, self.eps)
-        copies = zip(spans, gain.chunk(self.modalities), strict=True)
-        return torch.cat(
-            [F.rms_norm(x[:, a:b], copy.shape, copy, self.eps) for (a, b), copy in copies], dim=1
-        )
+        return modality_rms_norm(x, _cast(self.weight, x), self.modalities, spans, self.eps)

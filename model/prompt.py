@@ -11,6 +11,8 @@ from .finite import check_finite
 from .run_block import RunBlock, run_in_place
 from .text_encoder import TextEncoder
 
+TEXT_LIMIT = 640  # states that the transformers were trained with
+
 
 class Tokenizer:
     """Text -> tokens and nothing else.
@@ -75,7 +77,7 @@ def encode_prompt(
     encoder: TextEncoder,
     tokenizer: Tokenizer,
     prompt: str,
-    limit: int = 640,
+    limit: int = TEXT_LIMIT,
     run_block: RunBlock = run_in_place,
 ) -> TextStates:
     """Encode a prompt as the models were trained on it: last hidden states in float16, the first `limit`.
@@ -91,16 +93,37 @@ def encode_prompt(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the text encoder {encoder.config.vocab_size}; "
             "give the tokenizer.json of this encoder"
         )
+    tokens, offsets = tokens_of(tokenizer, prompt)
+    states = encode_tokens(encoder, tokens, encoder.embed_tokens.weight.device, limit, run_block)
+    return TextStates(states, len(tokens), cut_text(prompt, offsets, limit))
+
+
+def tokens_of(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens of a prompt and their places in it; raises ValueError where there are none."""
     if not prompt.strip():
         raise ValueError(f"the prompt is blank, got {prompt!r}; describe what is to be seen and heard")
     tokens, offsets = tokenizer.encode(prompt)
     if not tokens:
         raise ValueError(f"the tokenizer makes no token of {prompt!r}; write words or check tokenizer.json")
-    device = encoder.embed_tokens.weight.device
+    return tokens, offsets
+
+
+def cut_text(prompt: str, offsets: list[tuple[int, int]], limit: int = TEXT_LIMIT) -> str:
+    """The end of a prompt that the tokens after the first `limit` stand for, or ""."""
+    return prompt[offsets[limit][0] :] if len(offsets) > limit else ""
+
+
+def encode_tokens(
+    encoder: TextEncoder,
+    tokens: list[int],
+    device: torch.device,
+    limit: int = TEXT_LIMIT,
+    run_block: RunBlock = run_in_place,
+) -> Tensor:
+    """The text states [1, n, C], float32, of the first `limit` tokens, each having seen all of them."""
     states = encoder(torch.tensor([tokens], dtype=torch.int64, device=device), run_block)[:, :limit]
     check_finite({"text": states}, "encoding the prompt", "the text encoder's weights may be damaged")
     # The published pipeline stores states as float16 before it uses them as float32.
     rounded = states.to(torch.float16)
     check_finite({"text": rounded}, "rounding the text states", "the weights may be another encoder's")
-    cut_text = prompt[offsets[limit][0] :] if len(tokens) > limit else ""
-    return TextStates(rounded.float(), len(tokens), cut_text)
+    return rounded.float()

@@ -16,13 +16,13 @@ def rope_bands(head_dim: int) -> Tensor:
 def rope_table(coordinates: Tensor, bands: Tensor) -> Tensor:
     """Return [S, 2R]: sines then cosines, each with all time bands, then row bands, then column bands.
 
-    `coordinates` is [S, 9] as from `PackedLayout.coordinates`. Positions are scaled to the reference size,
-    rows and columns also centred.
+    `coordinates` is [S, 9] float32, as from `PackedLayout.coordinates`. Positions are scaled to the reference
+    size, rows and columns also centred.
     """
-    position, size, reference = coordinates.float().split(3, dim=1)
+    position, size, reference = coordinates.split(3, dim=1)
     scale = torch.where((size == 1) & (reference == 1), 1.0, (reference - 1) / (size - 1))
     centre = (size - 1) / 2 * torch.tensor([0.0, 1.0, 1.0], device=size.device)
-    angles = ((position - centre) * scale).unsqueeze(2) * bands.float()
+    angles = ((position - centre) * scale).unsqueeze(2) * bands.to(coordinates)
     angles = angles.flatten(1)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 

@@ -1,4 +1,4 @@
-"""What every sampler takes: the velocity function, the callback, and what is held fixed while it runs."""
+"""What every sampler takes: the denoising function, the callback, and what is held fixed while it runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..model.packing import Latents
 
-VelocityFunction = Callable[[Latents, float], Latents]  # (latents, sigma) -> velocity, after guidance
+DenoiseFunction = Callable[
+    [Latents, float], Latents
+]  # (latents, sigma) -> predicted clean latents, after guidance
 StepCallback = Callable[[int, Latents, Latents], None]  # (step index, latents, predicted clean latents)
 
 

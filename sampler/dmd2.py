@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from ..model.packing import Latents
-from .conditions import Conditions, StepCallback, VelocityFunction, no_callback
+from .conditions import Conditions, DenoiseFunction, StepCallback, no_callback
 from .noise import NoiseFunction
 
 
 def sample_dmd2(
-    velocity_fn: VelocityFunction,
+    denoise_fn: DenoiseFunction,
     latents: Latents,
     sigmas: Tensor,
     noise_fn: NoiseFunction,
@@ -22,7 +22,7 @@ def sample_dmd2(
     """
     for index, (sigma, sigma_next) in enumerate(zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)):
         latents = conditions.apply(latents)
-        denoised = latents.map(lambda x, v, s=sigma: x - s * v, velocity_fn(latents, sigma))
+        denoised = denoise_fn(latents, sigma)
         latents = renoise(denoised, sigma_next, noise_fn(latents))
         callback(index, latents, denoised)
     return conditions.apply(latents)

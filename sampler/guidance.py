@@ -37,7 +37,10 @@ def super_resolution_video_scale(frames: int, device: torch.device | None = None
 
 
 def guide(conditional: Latents, unconditional: Latents, video_scale: float | Tensor) -> Latents:
-    """Return unconditional + scale (conditional - unconditional); audio always takes its fixed weight."""
+    """Return unconditional + scale (conditional - unconditional); audio always takes its fixed weight.
+
+    Published for velocities; clean predictions, which are linear in them, give the same.
+    """
     video = unconditional.video + video_scale * (conditional.video - unconditional.video)
     audio = unconditional.audio + AUDIO_SCALE * (conditional.audio - unconditional.audio)
     return Latents(video, audio)

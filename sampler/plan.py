@@ -22,13 +22,14 @@ from ..model.config import (
     VideoVAEConfig,
 )
 from ..model.geometry import FilmShape
+from ..model.prompt import TEXT_LIMIT
 from ..model.transformer import MLP_TOKENS
 from ..model.video_decoder import piece_frames
 from .parts import STREAMED_PARTS, part_dtype
 from .placement import OFFLOADS
 
 GB = 1e9
-TEXT_TOKENS = 640  # what a prompt is taken for: it is encoded whole, and a longer one needs more
+TEXT_TOKENS = TEXT_LIMIT  # a longer prompt is encoded whole, and needs more
 RESERVE = 0.06  # share of the memory left to the driver, the allocator's gaps and everybody else
 SMALL_TENSORS = 1.05  # everything that the formulas leave out
 CPU = torch.device("cpu")
@@ -168,7 +169,9 @@ def activations(
     """Bytes of the tensors alive at the fullest moment of the network of a role, without its weights."""
     size = dtype.itemsize
     if isinstance(config, TransformerConfig):
-        return _transformer(config, shape, size, device)
+        tokens = shape.video_tokens + shape.audio_latents + TEXT_TOKENS
+        windowed = config.frame_receptive_field < shape.latent_frames - 1
+        return transformer_activations(config, tokens, size, device, windowed)
     if isinstance(config, TextEncoderConfig):
         return _text_encoder(config, size)
     if isinstance(config, AudioVAEConfig):
@@ -178,10 +181,15 @@ def activations(
     return (_video_encoder if role == "video_vae" else _wan_decoder)(config, shape, size)
 
 
-def _transformer(config: TransformerConfig, shape: FilmShape, size: int, device: torch.device) -> int:
-    tokens = shape.video_tokens + shape.audio_latents + TEXT_TOKENS
+def transformer_activations(
+    config: TransformerConfig, tokens: int, size: int, device: torch.device, windowed: bool = True
+) -> int:
+    """Bytes of a forward pass over `tokens`, `size` being that of a value in the linears.
+
+    `windowed` is whether the film is longer than the window of local layers, where there are any.
+    """
     width, groups = config.hidden_size, config.num_query_groups * config.head_dim
-    windowed = bool(config.local_attn_layers) and config.frame_receptive_field < shape.latent_frames - 1
+    windowed = windowed and bool(config.local_attn_layers)
     stream = 4 * width + 3 * config.head_dim  # float32, and the rotary table
     heads = size * (width + 2 * groups + config.num_heads) + size * (width + groups)  # qkvg; q and k rotated
     # keys and values of all heads, the result and its copies; with windows, pieces of all these

@@ -9,7 +9,7 @@ from ..model.packing import Latents, PackedLayout
 from ..model.run_block import RunBlock, run_in_place
 from ..model.transformer import JointTransformer
 from . import super_resolution
-from .conditions import Conditions, StepCallback, VelocityFunction, no_callback
+from .conditions import Conditions, DenoiseFunction, StepCallback, no_callback
 from .dmd2 import sample_dmd2
 from .guidance import base_video_scale, guide, super_resolution_video_scale
 from .noise import NoiseFunction
@@ -46,18 +46,24 @@ def network_of(transformer: JointTransformer, run_block: RunBlock = run_in_place
     return network
 
 
-def velocity_function(
+def denoise_function(
     network: Network, text: Tensor, negative: Tensor | None, video_scale: Callable[[float], float | Tensor]
-) -> VelocityFunction:
-    """The velocity for one prompt: one pass, or with a `negative` prompt two passes and guidance."""
+) -> DenoiseFunction:
+    """The clean prediction for one prompt: one pass, or with a `negative` prompt two passes and guidance."""
 
-    def velocity(latents: Latents, sigma: float) -> Latents:
-        conditional = network(latents, text)
+    def denoise(latents: Latents, sigma: float) -> Latents:
+        conditional = denoised(latents, network(latents, text), sigma)
         if negative is None:
             return conditional
-        return guide(conditional, network(latents, negative), video_scale(sigma))
+        unconditional = denoised(latents, network(latents, negative), sigma)
+        return guide(conditional, unconditional, video_scale(sigma))
 
-    return velocity
+    return denoise
+
+
+def denoised(latents: Latents, velocity: Latents, sigma: float) -> Latents:
+    """The clean latents that a velocity at noise level `sigma` points to."""
+    return latents.map(lambda x, v: x - v * sigma, velocity)
 
 
 def sample_base(
@@ -77,11 +83,11 @@ def sample_base(
 
     `text` and `negative` are states [B, L, C]; without `negative` there is no guidance.
     """
-    velocity = velocity_function(network, text, negative, base_video_scale)
+    denoise = denoise_function(network, text, negative, base_video_scale)
     sigmas = flow_sigmas(steps, shift)
     if few_step:
-        return sample_dmd2(velocity, start, sigmas, noise_fn, conditions, callback)
-    return sample_unipc(velocity, start, sigmas, conditions, callback)
+        return sample_dmd2(denoise, start, sigmas, noise_fn, conditions, callback)
+    return sample_unipc(denoise, start, sigmas, conditions, callback)
 
 
 def sample_super_resolution(
@@ -101,7 +107,7 @@ def sample_super_resolution(
     """
     start = super_resolution.prepare(base, noise, *noise.video.shape[-2:])
     scale = super_resolution_video_scale(start.video.shape[2], start.video.device)
-    velocity = velocity_function(network, text, negative, lambda sigma: scale)  # noqa: ARG005
+    denoise = denoise_function(network, text, negative, lambda sigma: scale)  # noqa: ARG005
     conditions = Conditions(first_frame, start.audio)
-    result = sample_unipc(velocity, start, flow_sigmas(steps, shift), conditions, callback)
+    result = sample_unipc(denoise, start, flow_sigmas(steps, shift), conditions, callback)
     return Latents(result.video, base.audio)

@@ -9,11 +9,11 @@ import math
 from torch import Tensor
 
 from ..model.packing import Latents
-from .conditions import Conditions, StepCallback, VelocityFunction, no_callback
+from .conditions import Conditions, DenoiseFunction, StepCallback, no_callback
 
 
 def sample_unipc(
-    velocity_fn: VelocityFunction,
+    denoise_fn: DenoiseFunction,
     latents: Latents,
     sigmas: Tensor,
     conditions: Conditions,
@@ -21,7 +21,7 @@ def sample_unipc(
 ) -> Latents:
     """Denoise `latents` from sigmas[0] to sigmas[-1] = 0 and return them clean.
 
-    One call of `velocity_fn` per step; the corrector uses the call that the next prediction needs anyway.
+    One call of `denoise_fn` per step; the corrector uses the call that the next prediction needs anyway.
     """
     levels = sigmas.double().tolist()
     steps = len(levels) - 1
@@ -29,7 +29,7 @@ def sample_unipc(
     corrected, order = latents, 0
     for index, sigma in enumerate(levels[:-1]):
         latents = conditions.apply(latents)
-        denoised = latents.map(lambda x, v, s=sigma: x - s * v, velocity_fn(latents, sigma))
+        denoised = denoise_fn(latents, sigma)
         corrected = latents if index == 0 else _correct(corrected, denoised, history, levels, index, order)
         history = [*history[-1:], denoised]
         order = min(2, steps - index, index + 1)

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from happyhorse.kernels.attention import (
     FrameWindow,
     attention,
+    attention_by,
     attention_reference,
-    windowed_by_joining,
     windowed_by_merging,
 )
 
@@ -28,16 +28,19 @@ def test_full_attention_with_grouped_heads_is_the_definition(groups: int) -> Non
     assert worst(attention(q, k, v), attention_reference(q.double(), k.double(), v.double())) < 2e-6
 
 
-@pytest.mark.parametrize("windowed", [attention, windowed_by_joining, windowed_by_merging])
+def joined(*tensors: torch.Tensor, window: FrameWindow) -> torch.Tensor:
+    return attention_by(attention, *tensors, window)
+
+
+@pytest.mark.parametrize("windowed", [attention, joined, windowed_by_merging])
 @pytest.mark.parametrize(("frames", "radius"), [(1, 0), (5, 0), (5, 1), (5, 3), (5, 4), (7, 11)])
 def test_frame_windows_are_one_softmax_over_window_and_other_tokens(
     windowed, frames: int, radius: int
 ) -> None:
     window = FrameWindow(frames, tokens_per_frame=6, radius=radius)
-    # only the entry point repeats the key heads
-    q, k, v = random_qkv(frames * 6 + 9, 4, 2 if windowed is attention else 4, torch.float32)
+    q, k, v = random_qkv(frames * 6 + 9, 4, 2, torch.float32)
     want = attention_reference(q.double(), k.double(), v.double(), window)
-    assert worst(windowed(q, k, v, window), want) < 2e-6
+    assert worst(windowed(q, k, v, window=window), want) < 2e-6
     if radius < frames - 1:
         assert worst(attention(q, k, v), want) > 1e-2, (
             "the window must make a difference for this test to mean something"

@@ -50,14 +50,14 @@ def test_golden_unipc(golden: GoldenFile) -> None:
         want = tensors[f"unipc.steps{steps}.trajectory"]
         step, states = iter(range(steps)), []
 
-        def velocity(latents: Latents, sigma: float, step=step) -> Latents:  # noqa: ARG001
+        def denoise(latents: Latents, sigma: float, step=step) -> Latents:
             index = next(step)
-            return latents.map(lambda x: torch.tanh(0.7 * x + 0.1 * index))
+            return latents.map(lambda x: x - sigma * torch.tanh(0.7 * x + 0.1 * index))
 
         def keep(index: int, latents: Latents, denoised: Latents, states=states) -> None:  # noqa: ARG001
             states.append(latents.video)
 
-        final = sample_unipc(velocity, both(want[0]), flow_sigmas(steps, meta["shift"]), Conditions(), keep)
+        final = sample_unipc(denoise, both(want[0]), flow_sigmas(steps, meta["shift"]), Conditions(), keep)
         assert len(states) == steps
         assert torch.equal(final.video, states[-1])
         for got, expected in zip(states, want[1:], strict=True):

@@ -7,7 +7,7 @@ from happyhorse.model.geometry import SIZE_STEP, FilmShape
 from happyhorse.model.packing import Latents
 from happyhorse.model.transformer import JointTransformer
 from happyhorse.sampler import stages
-from happyhorse.sampler.conditions import Conditions, StepCallback, VelocityFunction
+from happyhorse.sampler.conditions import Conditions, DenoiseFunction, StepCallback
 from happyhorse.sampler.stages import Network, network_of, sample_base, sample_super_resolution
 from happyhorse.sampler.super_resolution import mix_audio
 
@@ -59,13 +59,14 @@ class Run:
     def image(self, size: list[int]) -> torch.Tensor | None:
         return self.tensors[f"in.image_latent.{size[1]}x{size[0]}"] if self.meta.get("image") else None
 
-    def checked(self, velocity: VelocityFunction) -> VelocityFunction:
+    def checked(self, denoise: DenoiseFunction) -> DenoiseFunction:
         """The same, every step's velocity (after guidance) being compared with the recorded one."""
 
         def compared(latents: Latents, sigma: float) -> Latents:
-            result = velocity(latents, sigma)
-            self.compare(f"step.{self.done:02}.velocity_", result)
-            return result
+            denoised = denoise(latents, sigma)
+            velocity = latents.map(lambda x, clean: (x - clean) / sigma, denoised)
+            self.compare(f"step.{self.done:02}.velocity_", velocity)
+            return denoised
 
         return compared
 
@@ -96,8 +97,8 @@ class Run:
 @E2E
 def test_golden_sampling_runs(golden: GoldenFile, monkeypatch: pytest.MonkeyPatch) -> None:
     run, meta = Run(golden), golden.config
-    velocity_function = stages.velocity_function
-    monkeypatch.setattr(stages, "velocity_function", lambda *args: run.checked(velocity_function(*args)))
+    denoise_function = stages.denoise_function
+    monkeypatch.setattr(stages, "denoise_function", lambda *args: run.checked(denoise_function(*args)))
     shape = run.shape()
     guided = meta["cfg_number"] == 2
     start = run.start()

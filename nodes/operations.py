@@ -1,0 +1,67 @@
+"""The host's twin of `model/operations.py`: every leaf is one of ComfyUI's own.
+
+So the host casts, offloads, prefetches and patches each of them, and loads quantised weights into them. The
+contract stays that of the core: a leaf computes in the dtype of its input.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from ..model import operations as core
+from ..model.operations import Spans
+
+
+def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
+    """Return the leaves made from `base`, one of the host's sets of operations that cast their weights."""
+
+    class ModalityLinear(base.Linear):
+        """A host linear with the stacked weight of `core.ModalityLinear`."""
+
+        def __init__(self, in_features: int, out_features: int, modalities: int) -> None:
+            super().__init__(in_features, modalities * out_features, bias=False)
+            self.modalities = modalities
+
+        def forward(self, x: Tensor, spans: Spans) -> Tensor:
+            if self.modalities == 1:
+                return super().forward(x)
+            comfy.ops.run_every_op()
+            with comfy.ops.CastBiasWeightContext(self, x, offloadable=True) as (weight, _):
+                return core.modality_linear(x, _plain(weight), self.modalities, spans)
+
+    return SimpleNamespace(
+        Linear=base.Linear,
+        Conv2d=base.Conv2d,
+        Conv3d=base.Conv3d,
+        Embedding=base.Embedding,
+        ModalityLinear=ModalityLinear,
+        ModalityRMSNorm=ModalityRMSNorm,
+        WeightNormConv1d=core.WeightNormConv1d,
+        WeightNormConvTranspose1d=core.WeightNormConvTranspose1d,
+    )
+
+
+def _plain(weight: Tensor) -> Tensor:
+    # the products of single copies need the values; the host's quantised products take whole weights only
+    return weight.dequantize() if isinstance(weight, comfy.ops.QuantizedTensor) else weight
+
+
+class ModalityRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):
+    """`core.ModalityRMSNorm` as a leaf of the host."""
+
+    comfy_cast_weights = True
+    bias = None
+    eps = core.ModalityRMSNorm.eps
+
+    def __init__(self, dim: int, modalities: int) -> None:
+        super().__init__()
+        self.modalities = modalities
+        self.weight = nn.Parameter(torch.empty(modalities * dim), requires_grad=False)
+
+    def forward(self, x: Tensor, spans: Spans) -> Tensor:
+        comfy.ops.run_every_op()
+        with comfy.ops.CastBiasWeightContext(self, x, offloadable=True) as (weight, _):
+            return core.modality_rms_norm(x, weight, self.modalities, spans, self.eps)

@@ -58,6 +58,10 @@ class Tokenizer:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
+    def text_of(self, token: int) -> str:
+        """The text that a token stands for."""
+        return self._tokenizer.decode([token])
+
 
 @dataclass(frozen=True, eq=False)
 class TextStates:

@@ -1,1 +1,14 @@
 """The nodes of HappyHorse, for ComfyUI. Nothing outside this folder knows the host."""
+
+from comfy_api.latest import ComfyExtension, io
+
+
+class HappyHorseExtension(ComfyExtension):
+    """What ComfyUI asks for the pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All node classes, in the order of a film."""
+        from . import decoder, latent, loader, prompt, sampler, super_resolution
+
+        modules = (loader, prompt, latent, sampler, super_resolution, decoder)
+        return [node for module in modules for node in module.NODES]

@@ -1,0 +1,201 @@
+"""The host's SAMPLER, GUIDER and NOISE objects around the core's samplers.
+
+They exist beside the stock ones because the published samplers start from unscaled noise and draw step noise
+from a CPU generator: so a film of a graph is the command line's film of the same seed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.nested_tensor import NestedTensor
+from torch import Tensor
+
+from ..model.finite import check_finite
+from ..model.packing import Latents
+from ..sampler.conditions import DenoiseFunction, StepCallback
+from ..sampler.dmd2 import sample_dmd2
+from ..sampler.guidance import base_video_scale, guide, super_resolution_video_scale
+from ..sampler.noise import FilmNoise, NoiseFunction
+from ..sampler.pipeline import CURE
+from ..sampler.schedule import FIRST_SIGMA
+from ..sampler.unipc import sample_unipc
+from .model import to_core, to_host
+
+SAMPLERS = ("dmd2", "unipc")
+NoiseSource = Callable[[int], NoiseFunction]  # seed -> what draws the noise of the steps
+
+
+def step_noise(seed: int) -> NoiseFunction:
+    """The noise of the few-step sampler for a seed."""
+    return FilmNoise(seed).step
+
+
+class MaskedConditions:
+    """What a noise mask holds: `clean` latents where `mask` is 0; both packed [B, 1, N]."""
+
+    def __init__(self, mask: Tensor | None, clean: Tensor, shapes: list[tuple[int, ...]]) -> None:
+        self.mask = None if mask is None else _unpack(mask.expand_as(clean), shapes)
+        self.clean = None if mask is None else _unpack(clean, shapes)
+
+    def apply(self, latents: Latents) -> Latents:
+        """Return `latents` with the held parts put in."""
+        if self.mask is None:
+            return latents
+        return latents.map(lambda x, mask, clean: x * mask + clean * (1 - mask), self.mask, self.clean)
+
+
+class CoreSampler(comfy.samplers.Sampler):
+    """One of the core's samplers as a SAMPLER; `noise_source` gives the few-step sampler its noise."""
+
+    def __init__(self, name: str, noise_source: NoiseSource = step_noise, stage: str = "sampling") -> None:
+        if name not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+        self.name, self.noise_source, self.stage = name, noise_source, stage
+
+    def sample(
+        self,
+        model_wrap: comfy.samplers.CFGGuider,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., None] | None,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,  # noqa: ARG002
+    ) -> Tensor:
+        """Return the clean latents, packed and normalised like `noise` and `latent_image` [B, 1, N]."""
+        shapes = model_wrap.inner_model.latent_shapes
+        conditions = MaskedConditions(denoise_mask, latent_image, shapes)
+        start = _unpack(_start(noise, latent_image, sigmas[0].item()), shapes)
+        denoise = _denoise_function(model_wrap, extra_args, shapes)
+        told = _step_callback(callback, self.stage, len(sigmas) - 1)
+        if self.name == "dmd2":
+            noise_fn = self.noise_source(extra_args.get("seed") or 0)
+            return _pack(sample_dmd2(denoise, start, sigmas.cpu(), noise_fn, conditions, told))
+        return _pack(sample_unipc(denoise, start, sigmas.cpu(), conditions, told))
+
+
+def _start(noise: Tensor, latent_image: Tensor, sigma: float) -> Tensor:
+    """What sampling starts from: at the first published level or above the noise itself, else the mixture."""
+    if sigma >= FIRST_SIGMA:
+        return noise
+    return sigma * noise + (1 - sigma) * latent_image
+
+
+def _unpack(packed: Tensor, shapes: list[tuple[int, ...]]) -> Latents:
+    return to_core(comfy.utils.unpack_latents(packed, shapes))
+
+
+def _pack(latents: Latents) -> Tensor:
+    return comfy.utils.pack_latents(to_host(latents))[0]
+
+
+def _denoise_function(
+    model: comfy.samplers.CFGGuider, extra_args: dict[str, Any], shapes: list[tuple[int, ...]]
+) -> DenoiseFunction:
+    options = {key: extra_args[key] for key in ("model_options", "seed")}
+
+    def denoise(latents: Latents, sigma: float) -> Latents:
+        x = _pack(latents)
+        return _unpack(model(x, torch.full((x.shape[0],), sigma, device=x.device), **options), shapes)
+
+    return denoise
+
+
+def _step_callback(callback: Callable[..., None] | None, stage: str, steps: int) -> StepCallback:
+    def after_step(index: int, latents: Latents, denoised: Latents) -> None:
+        check_finite(latents._asdict(), f"{stage}, step {index + 1} of {steps}", CURE)
+        if callback is not None:
+            callback(index, _pack(denoised), _pack(latents), steps)
+
+    return after_step
+
+
+class PublishedGuider(comfy.samplers.CFGGuider):
+    """Guidance as published: the audio's weight is constant, the video's goes by noise level, or in
+    super-resolution by frame.
+    """
+
+    def predict_noise(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Return the guided clean latents, packed; nodes that patch guidance see them as usual."""
+        del seed
+        shapes, options = self.inner_model.latent_shapes, dict(model_options or {})
+
+        def guided(args: dict[str, Any]) -> Tensor:
+            conditional, unconditional = (
+                _unpack(args[key], shapes) for key in ("cond_denoised", "uncond_denoised")
+            )
+            scale = self._video_scale(args["sigma"].flatten()[0].item(), conditional.video)
+            return args["input"] - _pack(guide(conditional, unconditional, scale))
+
+        options.setdefault("sampler_cfg_function", guided)
+        options["disable_cfg1_optimization"] = True
+        conds = (self.conds["negative"], self.conds["positive"])
+        return comfy.samplers.sampling_function(self.inner_model, x, timestep, *conds, self.cfg, options)
+
+    def _video_scale(self, sigma: float, video: Tensor) -> float | Tensor:
+        if self.inner_model.variant.endswith("_sr"):
+            return super_resolution_video_scale(video.shape[2], video.device)
+        return base_video_scale(sigma)
+
+
+def guider(
+    model: Any, positive: list[Any], negative: list[Any] | None, guided: bool
+) -> comfy.samplers.CFGGuider:
+    """The GUIDER of a model: published guidance with a negative prompt, or one pass without."""
+    if not guided:
+        result = comfy.samplers.CFGGuider(model)
+        result.inner_set_conds({"positive": positive})
+        result.set_cfg(1.0)
+        return result
+    if negative is None:
+        raise ValueError(
+            "negative: the base model is sampled with guidance and needs a negative prompt, got none; "
+            "connect a HappyHorse Text Encode, or use a distilled model"
+        )
+    result = PublishedGuider(model)
+    result.set_conds(positive, negative)
+    return result
+
+
+class FilmNoiseObject:
+    """The NOISE of a seed, drawn as everywhere in the host; given audio that is a start takes its place."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def generate_noise(self, input_latent: dict[str, Any]) -> NestedTensor:
+        """Return noise in the shapes of a LATENT."""
+        noise = comfy.sample.prepare_noise(
+            input_latent["samples"], self.seed, input_latent.get("batch_index")
+        )
+        if input_latent.get("start_audio"):
+            noise = NestedTensor([noise.unbind()[0], input_latent["samples"].unbind()[1].float().cpu()])
+        return noise
+
+
+class FixedNoise:
+    """A NOISE that is already drawn, or prepared: what sampling at full noise starts from, normalised."""
+
+    def __init__(self, seed: int, noise: NestedTensor) -> None:
+        self.seed, self.noise = seed, noise
+
+    def generate_noise(self, input_latent: dict[str, Any]) -> NestedTensor:
+        """Return it, whatever the LATENT; raises ValueError where the shapes differ."""
+        shapes = [tuple(t.shape) for t in self.noise.unbind()]
+        wanted = [tuple(t.shape) for t in input_latent["samples"].unbind()]
+        if shapes != wanted:
+            raise ValueError(
+                f"noise is of shapes {shapes}, latent_image of {wanted}; connect both from one node"
+            )
+        return self.noise

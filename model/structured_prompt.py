@@ -5,11 +5,11 @@ the moment it is said. `Dialogue:` repeats the lines, `Background Sound:` names 
 Japanese and Korean characters are separated by single spaces; punctuation stays where it is.
 """
 
-# ruff: noqa: RUF001 (full-width punctuation is what is looked for)
+# ruff: noqa: RUF001, RUF002 (full-width punctuation is what is looked for)
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LANGUAGES = ("Mandarin", "Cantonese", "English", "Japanese", "Korean", "German", "French")
@@ -22,14 +22,14 @@ CJK_PER_WORD = 2  # Mandarin needs 1.5 to 2 characters for an English word, Japa
 _CJK = (
     "[\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
     "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
-    "\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3\uff66-\uff9d\uffa1-\uffdc]"
+    "\u3131-\u318e\uac00-\ud7a3\uff66-\uff9d\uffa1-\uffdc]"
 )
-_MARKS = "[\u3099\u309a\uff9e\uff9f\ufe00-\ufe0f\U000e0100-\U000e01ef]*"  # belong to the character before
-_BEFORE_WORD = re.compile(rf"({_CJK}{_MARKS})\s*(?=\w)")
+_MARK = "[\u3099\u309a\uff9e\uff9f\ufe00-\ufe0f\U000e0100-\U000e01ef]"  # belongs to the character before
+_BEFORE_WORD = re.compile(rf"({_CJK}{_MARK}*)\s*(?!{_MARK})(?=\w)")
 _AFTER_WORD = re.compile(rf"(?<=\w)(?={_CJK})")
-_CHARACTER = re.compile(_CJK + _MARKS)
+_CHARACTER = re.compile(rf"{_CJK}{_MARK}*")
 
-_QUOTES = (('"', '"'), ("“", "”"), ("”", "”"), ("„", "“"), ("„", "”"), ("«", "»"), ("»", "«"),
+_QUOTES = (('"', '"'), ("“", "”"), ("„", "“"), ("„", "”"), ("«", "»"), ("»", "«"),
            ("「", "」"), ("『", "』"), ("＂", "＂"))  # fmt: skip
 _QUOTED = re.compile("|".join(f"{start}[^{start}{end}]*{end}" for start, end in _QUOTES))
 _QUOTE_MARK = re.compile("[" + "".join(sorted({mark for pair in _QUOTES for mark in pair})) + "]")
@@ -134,45 +134,50 @@ def build_prompt(body: str, dialogue: Sequence[DialogueLine] = (), background_so
 
 # Warnings
 
-_CAMERA_VERB = (
-    r"(?:moves?|moving|follow(?:s|ing)?|pan(?:s|ning)?|tilt(?:s|ing)?|zoom(?:s|ing)?|orbit(?:s|ing)?|circl(?:es?|ing)"
-    r"|track(?:s|ing)?|doll(?:y|ies|ying)|push(?:es|ing)?|pull(?:s|ing)?|glid(?:es?|ing)|cran(?:es|ing)"
-    r"|sweep(?:s|ing)?|rotat(?:es?|ing)|swing(?:s|ing)?|shak(?:es?|ing)|drift(?:s|ing)?|ris(?:es|ing)"
-    r"|fl(?:ies|ying)|cuts|cutting|travel(?:s|ing)?|approach(?:es|ing)?|advanc(?:es|ing))\b"
+
+def _forms(verbs: str) -> str:
+    """A pattern for "to run", "will run", "runs" and "running" of every verb; a bare "run" may be a noun."""
+    forms = []
+    for verb in verbs.split():
+        stem = verb.removesuffix("e")
+        ending = "es" if verb.endswith(("e", "sh", "ch")) else "s"
+        forms.append(rf"(?:to|will) {verb}|{stem}{ending}|{stem}{stem[-1]}?ing")
+    return rf"\b(?:{'|'.join(forms)})\b"
+
+
+def _pattern(*alternatives: str) -> re.Pattern[str]:
+    return re.compile("|".join(alternatives), re.IGNORECASE)
+
+
+_ADVERBS = r"(?: \w+ly| (?:then|now|also|is|begins?|starts?|continues))*"
+_AWAY = r"(?: (?:in|out|up|down|left|right|around|back|away|across|along|off|into|towards?)\b)?"
+_CAMERA_VERBS = (
+    "move follow pan tilt zoom orbit circle track push pull glide sweep rotate swing shake drift cut rise "
+    "travel approach advance"
 )
-# "She looks at the camera and moves closer" is her move: the camera must be what the clause is about.
-_CAMERA_SUBJECT = (
-    "".join(
-        rf"(?<!\b{before} )(?<!\b{before} the )"
-        for before in ("to", "toward", "towards", "at", "into", "facing", "faces", "from", "off")
-    )
-    + r"\b(?:camera|shot|frame|viewpoint)"
+# In "she looks at the camera and moves" and "facing the camera, moving" it is she who does.
+_LOOKED_AT = ("to", "toward", "towards", "at", "into", "facing", "faces", "from", "off", "in", "behind")
+_NOT_LOOKED_AT = "".join(rf"(?<!\b{word} )(?<!\b{word} the )" for word in _LOOKED_AT)
+_CAMERA = _pattern(
+    rf"{_NOT_LOOKED_AT}\b(?:camera|shot|frame|view){_ADVERBS} {_forms(_CAMERA_VERBS)}{_AWAY}",
+    r"\bcamera (?:movements?|motion|pan|tilt|shake|push|orbit)\b",
+    r"\b(?:tracking|crane|drone|dolly|orbit|orbiting|handheld|following) (?:shot|camera|footage)\b",
+    r"\b(?:whip|slow|quick)[ -]pan\b|\bpanning\b|(?:^|(?<=[.;:] ))pan (?:left|right|up|down|across|to)\b",
+    r"\bzoom(?:s|ed|ing)?\b(?! (?:call|meeting|lens))|\bdoll(?:y|ies)\b|\bpush-in\b|\bpull-out\b",
+    r"\b(?:jump|smash|hard)[ -]cuts?\b|\bcuts to (?:an?|the|another|black)\b|(?:^|(?<=[.;:] ))cut to\b",
+    r"\b(?:scene|shot) (?:change|transition|switch)(?:e?s)?\b|\bswitch(?:es|ing)? scenes\b",
 )
-_ADVERBS = r"(?:\s+(?:\w+ly|then|now|also|is|will|begins?|starts?|continues|to))*"
-_CAMERA = re.compile(
-    rf"{_CAMERA_SUBJECT}{_ADVERBS}\s+{_CAMERA_VERB}(?:\s+(?:in|out|up|down|left|right|around|back|away|across)\b)?"
-    r"|\bcamera\s+(?:movements?|motion|moves|pans?|tilts?|shake|push|orbits?)\b"
-    r"|\b(?:whip|slow|quick)[ -]pans?\b|\bpanning\b|(?:^|(?<=[.;:] ))(?:slowly )?pans? (?:left|right|up|down|across|to)\b"
-    r"|\bzoom(?:s|ed|ing)?\b(?! (?:call|meeting|lens))"
-    r"|\b(?:dolly|dollies|crash zoom|push[ -]in|pull[ -]out)\b"
-    r"|\b(?:tracking|crane|drone|dolly|orbit|orbiting|handheld|following) (?:shot|camera|footage)\b"
-    r"|\b(?:cuts?|cutting|jump[ -]cuts?) (?:to|away|between)\b(?= (?:a|an|the|another|black|his|her)\b)"
-    r"|\b(?:scene|shot) (?:change|transition|switch)(?:e?s)?\b|\bswitch(?:es|ing)? scenes?\b",
-    re.IGNORECASE,
-)
-# Third person, -ing and "to" forms; the exceptions after a verb are still ones ("runs a hand through her hair").
-_SMALL = r"(?! (?:a|an|one|his|her|their|its|the|through|back|late|low|out of|water|shoes?|stick|eyes)\b)"
-_MOTION = re.compile(
-    r"\b(?:runs|running|to run|walks|walking|to walk|jumps|jumping|to jump|leaps|leaping|to leap|spins|spinning|to spin"
-    rf"|fights|fighting|to fight|kicks|kicking|to kick|rides|riding|to ride|drives|driving|to drive){_SMALL}"
-    r"(?: (?:away|off|around|across|along|down|up|toward|towards|into|out)\b)?"
-    r"|\b(?:sprints?|sprinting|hops|hopping|danc(?:es|ing)|to dance|march(?:es|ing)|climb(?:s|ing)|to climb|swims|swimming"
-    r"|somersault\w*|cartwheel\w*|backflip\w*|gallop\w*|crawl(?:s|ing)|skat(?:es|ing)|skiing|surfing|punch(?:es|ing)"
-    r"|wrestl(?:es|ing)|twirl(?:s|ing)|strid(?:es|ing)|stroll(?:s|ing)|chas(?:es|ing)|rush(?:es|ing))\b"
-    r"|\b(?:stands?|gets?|standing|getting) up\b(?! straight)|\b(?:sits|sitting|lies|lying) down\b"
-    r"|\b(?:rises|rising|jumps|gets|leaps) to (?:his|her|their|its) feet\b|\bturn(?:s|ing) around\b"
-    r"|\b(?:large|big|wide|sweeping|broad|wild|full-body) (?:arm |body |hand |limb )?(?:movements?|gestures?|motions?)\b",
-    re.IGNORECASE,
+# A hand runs through hair, a walking stick stands still, and "drives the performance" is a figure of speech.
+_BEFORE_THING = r"(?! (?:an?|one|his|her|their|its|the|through|back|late|low|out|water|shoes?)\b)"
+_MOTION = _pattern(
+    _forms("run spin fight") + _BEFORE_THING + _AWAY,
+    _forms("walk jump leap kick ride") + r"(?! (?:sticks?|shoes?)\b)" + _AWAY,
+    _forms("drive") + r"(?! (?:audio|force|rain|the (?:performance|narrative|scene|expression))\b)",
+    _forms("sprint dance march climb swim gallop crawl skate surf punch wrestle twirl stride stroll chase"),
+    r"\b(?:somersault|cartwheel|backflip)\w*",
+    r"\b(?:stands?|gets?) up\b(?! straight)|\b(?:sits|lies) down\b|\bturn(?:s|ing) around\b",
+    r"\b(?:rises|rising|jumps|leaps) to (?:his|her|their|its) feet\b",
+    r"\b(?:large|big|wide|sweeping|broad|wild) (?:arm |body |hand )?(?:movement|gesture|motion)s?\b",
 )
 _NEGATED = re.compile(
     r"(?:\b(?:no|not|non|without|never|neither|nor|avoid\w*|instead of|rather than|free of)\b|n['’]t\b)"
@@ -184,25 +189,19 @@ _NEGATED = re.compile(
 def warnings_for(body: str, dialogue: Sequence[DialogueLine] = (), background_sound: str = "") -> list[str]:
     """Say in full sentences what the models do badly; an empty list where nothing is found.
 
-    Looked for: a length other than trained, a body that is not English, camera moves and large motion (English
-    words, not those spoken or negated), lines that the body lacks, and parts pasted into the wrong input.
+    Looked for: a length other than trained, a body that is not English, camera moves and large motion (by
+    English words, without what is spoken or denied), lines that the body lacks, parts in the wrong input.
     """
     text = spaced(body)
     told = _QUOTED.sub('""', text)  # what is said aloud moves nothing
-    found = [_length_warning(text), _language_warning(told)]
-    found.append(
+    found = [
+        _length_warning(text),
+        _language_warning(told),
+        _phrase_warning(_CAMERA, told, "camera moves", "let the camera stand still"),
         _phrase_warning(
-            _phrases(_CAMERA, told),
-            "a moving camera",
-            "they were trained on a static one: describe a fixed shot",
-        )
-    )
-    found.append(
-        _phrase_warning(
-            _phrases(_MOTION, told), "large motion",
-            "keep the torso in place: put it into the face, the head and small gestures",
-        )
-    )  # fmt: skip
+            _MOTION, told, "large motion", "keep the torso in place and move face, head and hands"
+        ),
+    ]
     found += [_line_warning(number, line, text) for number, line in enumerate(dialogue, 1)]
     found += [_header_warning("body", body), _header_warning("background_sound", background_sound)]
     return [warning for warning in found if warning]
@@ -219,9 +218,7 @@ def _length_warning(body: str) -> str:
     if low <= num_words <= high:
         return ""
     cure = (
-        "describe more of the face, the voice and the light"
-        if num_words < low
-        else "leave out what matters least"
+        "describe face, voice and light more closely" if num_words < low else "leave out what matters least"
     )
     counting = " (two Chinese, Japanese or Korean characters count as one)" if _CHARACTER.search(body) else ""
     plural = "" if num_words == 1 else "s"
@@ -232,33 +229,27 @@ def _language_warning(told: str) -> str:
     latin = count_words(_CHARACTER.sub(" ", told))
     if count_words(told) - latin <= latin:
         return ""
-    return "body: mostly not English; the models were trained on English bodies: only the spoken lines stay as they are."
+    return "body: mostly not English; write it in English, only the spoken lines in their own language."
 
 
-def _phrases(pattern: re.Pattern[str], told: str) -> list[str]:
-    """What `pattern` finds, once each, without places that the sentence denies ("no camera motion")."""
+def _phrase_warning(pattern: re.Pattern[str], told: str, what: str, cure: str) -> str:
+    """Name what `pattern` finds, once each, but where the sentence denies it ("no camera motion")."""
     found = (match for match in pattern.finditer(told) if not _NEGATED.search(told, 0, match.start()))
-    return list(dict.fromkeys(match.group().strip() for match in found))
-
-
-def _phrase_warning(phrases: Iterable[str], what: str, cure: str) -> str:
-    quoted = ", ".join(f"“{phrase}”" for phrase in phrases)
-    return f"body: {quoted} asks for {what}, which the models do badly; {cure}." if quoted else ""
+    phrases = dict.fromkeys(f"“{match.group()}”" for match in found)
+    return f"body: {', '.join(phrases)}: the models do {what} badly; {cure}." if phrases else ""
 
 
 def _line_warning(number: int, line: DialogueLine, body: str) -> str:
-    words = re.findall(r"\w+", spaced(line.text).casefold())
+    """Look for the words of a line in the spaced `body`; case and punctuation do not count."""
+    body, words = body.casefold(), re.findall(r"\w+", spaced(line.text).casefold())
     if not words:
         return ""
-    place = re.search(r"(?<!\w)" + r"[\W_]+".join(map(re.escape, words)) + r"(?!\w)", body.casefold())
-    name = f"dialogue line {number} (“{_shortened(spaced(line.text))}”)"
+    name = f"dialogue: line {number} (“{_shortened(spaced(line.text))}”)"
+    place = re.search(r"(?<!\w)" + r"[\W_]+".join(map(re.escape, words)) + r"(?!\w)", body)
     if place is None:
-        return f"{name}: not in the body; put the same words there, in quotation marks, when they are said."
-    if not (
-        _QUOTE_MARK.search(body.casefold(), 0, place.start())
-        and _QUOTE_MARK.search(body.casefold(), place.end())
-    ):
-        return f"{name}: in the body without quotation marks; put them around the words."
+        return f"{name} is not in the body; put the same words there, in quotation marks, when they are said."
+    if not (_QUOTE_MARK.search(body, 0, place.start()) and _QUOTE_MARK.search(body, place.end())):
+        return f"{name} stands in the body without quotation marks; put them around it."
     return ""
 
 
@@ -267,7 +258,9 @@ def _header_warning(name: str, text: str) -> str:
     if header is None:
         return ""
     socket = header.group(1).lower().replace(" ", "_")
-    return f"{name}: contains “{header.group()}”; what follows belongs into {socket}, the heading is written for you."
+    return (
+        f"{name}: has “{header.group()}” in it; move that part to {socket}, its heading is written for you."
+    )
 
 
 def _shortened(text: str, limit: int = 60) -> str:

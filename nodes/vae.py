@@ -387,8 +387,8 @@ def _without_warning() -> Iterator[None]:
 def load_video_vae(path: Path, dtype_name: str = "default") -> VideoVAEObject:
     """Load a Wan2.2 VAE or a turbo decoder, whichever the file holds, as a VAE of the host.
 
-    `dtype_name` is one of WEIGHT_DTYPES; the default is the host's choice: float32 on a CPU, bfloat16 where the device has it. Raises
-    FileNotFoundError or ValueError saying what is wrong with the file.
+    `dtype_name` is one of WEIGHT_DTYPES; the default is the host's choice: float32 on a CPU, bfloat16 where
+    the device has it. Raises FileNotFoundError or ValueError saying what is wrong with the file.
     """
     vae = _load_video_vae(path, dtype_name)
     vae.patcher.cached_patcher_init = (_video_patcher, (path, dtype_name))

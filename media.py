@@ -158,6 +158,33 @@ def read_audio(
     return waveform
 
 
+def resample_sound(waveform: Tensor, rate: int, sample_rate: int, channels: int) -> Tensor:
+    """Return sound [C, N] at `rate` as float32 [channels, N'] at `sample_rate`, as `read_audio` makes it."""
+    planes = waveform.float().cpu().contiguous().numpy()
+    # FFmpeg knows layouts by name; of more than two channels any name of their number does
+    layout = {1: "mono", 2: "stereo"}.get(len(planes), f"{len(planes)}c")
+    frames = []
+    for start in range(0, planes.shape[1], rate):
+        block = np.ascontiguousarray(planes[:, start : start + rate])
+        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
+        frame.sample_rate = rate
+        frames.append(frame)
+    blocks = [_mixed(frame, channels) for frame in _resampled(frames, sample_rate)]
+    return _limited(torch.cat([torch.zeros(channels, 0), *blocks], dim=1), len(planes))
+
+
+def _mixed(frame: av.AudioFrame, channels: int) -> Tensor:
+    block = torch.from_numpy(frame.to_ndarray())  # [1 or 2, N]
+    return block.expand(2, -1) if channels == 2 else block.mean(dim=0, keepdim=True)
+
+
+def _limited(waveform: Tensor, channels: int) -> Tensor:
+    """The mix of so many channels; more than two may add up to more than full scale."""
+    if channels <= 2 or not waveform.numel():
+        return waveform
+    return waveform / waveform.abs().amax().clamp(min=1)
+
+
 def _decode(
     container: av.container.InputContainer,
     stream: av.AudioStream,
@@ -168,15 +195,11 @@ def _decode(
     """Decode one sound track to [channels, N], stopping at `limit` samples."""
     blocks, samples = [torch.zeros(channels, 0)], 0
     for frame in _resampled(container.decode(stream), sample_rate):
-        block = torch.from_numpy(frame.to_ndarray())  # [1 or 2, N]
-        blocks.append(block.expand(2, -1) if channels == 2 else block.mean(dim=0, keepdim=True))
+        blocks.append(_mixed(frame, channels))
         samples += frame.samples
         if limit is not None and samples >= limit:
             break
-    waveform = torch.cat(blocks, dim=1)[:, :limit]
-    if stream.codec_context.channels > 2 and samples:  # many channels add up to more than full scale
-        waveform = waveform / waveform.abs().amax().clamp(min=1)
-    return waveform
+    return _limited(torch.cat(blocks, dim=1)[:, :limit], stream.codec_context.channels)
 
 
 def _resampled(frames: Iterable[av.AudioFrame], sample_rate: int) -> Iterator[av.AudioFrame]:

@@ -197,11 +197,12 @@ def _flatten(value: Any, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, all at once or not at all; raises OSError naming `path` where that fails."""
     work = path.with_name(f".{path.stem[:64]}.{uuid.uuid4().hex}.part")
     try:
-        work.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        work.write_bytes(save(contiguous, metadata))
         work.replace(path)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()

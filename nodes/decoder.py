@@ -11,19 +11,18 @@ from typing import IO, Any
 
 import comfy.model_management
 import comfy.sd
-import torchaudio
+import torch
 from comfy_api.latest import Input, InputImpl, Types, io
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..media import FilmWriter, frames_to_uint8
+from ..media import FilmWriter, frames_to_uint8, resample_sound
 from ..model.geometry import FILM_RATE, FPS, PIXELS_PER_LATENT
+from ..sampler.pipeline import film_sound
+from .inputs import check_audio_vae, check_sound, check_video_vae
 from .latents import shape_of, streams
-from .vae import AudioVAEObject, VideoVAEObject, pixel_frames
+from .vae import VideoVAEObject, pixel_frames
 
 CATEGORY = "HappyHorse/decode"
-VIDEO_CHANNELS = 48
-VIDEO_LOADER, AUDIO_LOADER = "HappyHorse Load Video VAE", "HappyHorse Load Audio VAE"
 Audio = dict[str, Any]  # the host's AUDIO: waveform (B, C, N) and sample_rate
 
 LATENT = "The film, picture and sound: from HappyHorse Sampler or HappyHorse Super-Resolution."
@@ -222,45 +221,20 @@ def _decoded_sound(
     check_audio_vae(audio_vae)
     given = None if audio is None else given_sound(audio, len(video))
     waveform = audio_vae.decode(sound).movedim(-1, 1) if given is None else given
-    samples = round(shape_of(latent).seconds * FILM_RATE)
-    return video, F.pad(waveform[..., :samples], (0, max(0, samples - waveform.shape[-1])))
+    return video, film_sound(waveform, shape_of(latent))
 
 
 def given_sound(audio: Audio, films: int, socket: str = "audio") -> Tensor:
     """The AUDIO of a socket as (films, 2, N) at 44100 Hz; raises ValueError where it does not fit."""
     waveform, rate = audio["waveform"].float(), audio["sample_rate"]
-    if waveform.ndim != 3 or waveform.shape[1] not in (1, 2) or waveform.shape[0] not in (1, films):
+    if waveform.ndim != 3 or waveform.shape[0] not in (1, films):
         raise ValueError(
-            f"{socket}: the sound must be (1 or {films}, 1 or 2 channels, samples), "
-            f"got {tuple(waveform.shape)}; make it mono or stereo, and one sound or as many as films"
+            f"{socket}: the sound must be (1 or {films}, channels, samples), got {tuple(waveform.shape)}; "
+            "connect one sound, or as many as there are films"
         )
-    if not waveform.shape[2] or not waveform.isfinite().all():
-        found = "no samples" if not waveform.shape[2] else "values that are not finite numbers"
-        raise ValueError(f"{socket}: the sound holds {found}; connect another, or nothing for the film's own")
-    return torchaudio.functional.resample(waveform, rate, FILM_RATE).expand(films, 2, -1)
-
-
-def check_video_vae(vae: comfy.sd.VAE, socket: str = "vae") -> None:
-    """Raise ValueError unless a socket's VAE decodes Wan2.2 video latents."""
-    if (getattr(vae, "latent_channels", None), getattr(vae, "latent_dim", None)) != (VIDEO_CHANNELS, 3):
-        raise ValueError(
-            f"{socket}: this must be a VAE for video latents of {VIDEO_CHANNELS} channels, "
-            f"got {_describe(vae)}; connect the Wan2.2 VAE or the turbo decoder from {VIDEO_LOADER}"
-        )
-
-
-def check_audio_vae(vae: comfy.sd.VAE, socket: str = "audio_vae") -> None:
-    """Raise ValueError unless a socket's VAE is the audio VAE of HappyHorse Load Audio VAE."""
-    if not isinstance(vae, AudioVAEObject):
-        raise ValueError(
-            f"{socket}: this must be the audio VAE of the film, got {_describe(vae)}; "
-            f"connect the audio VAE from {AUDIO_LOADER}"
-        )
-
-
-def _describe(vae: Any) -> str:
-    channels = getattr(vae, "latent_channels", None)
-    return f"a VAE for latents of {channels} channels" if channels else type(vae).__name__
+    check_sound(audio, socket)
+    sounds = [resample_sound(sound, rate, FILM_RATE, 2) for sound in waveform]
+    return torch.stack(sounds).expand(films, 2, -1)
 
 
 NODES = [HappyHorseDecode, HappyHorseDecodeVideo]

@@ -14,6 +14,7 @@ from ..model.video_vae import normalize_latents
 from ..sampler import super_resolution
 from ..sampler.noise import FilmNoise, NoiseFunction
 from ..sampler.schedule import SHIFT, flow_sigmas
+from .inputs import encode_first_frame
 from .latents import film_latent, shape_of, streams
 from .model import to_core, to_host
 from .sampler import MAX_STEPS, recipe_of, run, seed_input

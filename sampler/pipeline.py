@@ -112,21 +112,28 @@ def write_film(
 
 def _read_driving_audio(request: FilmRequest, notice: Notice) -> Tensor:
     """The given sound as [1, N] at 51200 Hz, as long as the film."""
-    samples = request.shape.audio_latents * ENCODE_RATE // FPS
     waveform = read_audio(request.audio, ENCODE_RATE, 1, READ_SECONDS)
+    return driving_audio(waveform, request.shape, str(request.audio), notice)
+
+
+def driving_audio(waveform: Tensor, shape: FilmShape, name: str, notice: Notice) -> Tensor:
+    """A sound [1, N] at 51200 Hz cut or padded to the film, saying so of the one called `name`."""
+    samples = shape.audio_latents * ENCODE_RATE // FPS
     missing = (samples - waveform.shape[1]) / ENCODE_RATE
     if missing < -1 / FPS:
-        notice(
-            f"{request.audio} is longer than the film ({request.shape.seconds:.2f} s): the rest is left out"
-        )
+        notice(f"{name} is longer than the film ({shape.seconds:.2f} s): the rest is left out")
     elif missing > 1 / FPS:
-        notice(f"{request.audio} ends {missing:.2f} s before the film does: the end is silent")
+        notice(f"{name} ends {missing:.2f} s before the film does: the end is silent")
     return _fit(waveform, samples)
 
 
 def _film_sound(request: FilmRequest) -> Tensor:
-    samples = _film_samples(request.shape)
-    return _fit(read_audio(request.audio, FILM_RATE, 2, READ_SECONDS), samples)
+    return film_sound(read_audio(request.audio, FILM_RATE, 2, READ_SECONDS), request.shape)
+
+
+def film_sound(waveform: Tensor, shape: FilmShape) -> Tensor:
+    """A sound [..., N] at 44100 Hz cut or padded with silence to the pictures of the film."""
+    return _fit(waveform, _film_samples(shape))
 
 
 def _film_samples(shape: FilmShape) -> int:
@@ -134,8 +141,8 @@ def _film_samples(shape: FilmShape) -> int:
 
 
 def _fit(waveform: Tensor, samples: int) -> Tensor:
-    """Cut [C, N] to `samples`, or pad it with silence."""
-    return torch.nn.functional.pad(waveform[:, :samples], (0, max(0, samples - waveform.shape[1])))
+    """Cut [..., N] to `samples`, or pad it with silence."""
+    return torch.nn.functional.pad(waveform[..., :samples], (0, max(0, samples - waveform.shape[-1])))
 
 
 def _encode_texts(
@@ -254,4 +261,4 @@ def _sound_of(parts: Parts, film: FilmLatents, progress: Progress) -> Tensor:
         waveform = film.sound
     check_finite({"sound": waveform}, "decoding the sound", CURE)
     progress("sound", 1, 1)
-    return _fit(waveform, _film_samples(film.shape))
+    return film_sound(waveform, film.shape)

@@ -1,0 +1,394 @@
+"""Nodes that make the LATENT a film starts from, and that keep it."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfy.nested_tensor import NestedTensor
+from comfy_api.latest import io
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..model.config import MAGIHUMAN
+from ..model.geometry import FILM_RATE, MAX_SECONDS, MIN_SECONDS, SIZE_STEP, FilmShape
+from ..model.weight_files import write_tensors
+from ..sampler.noise import FilmNoise
+from ..sampler.pipeline import AUDIO_MODES, film_sound
+from .inputs import Audio, encode_film, encode_first_frame, encode_sound, film_frames, one_sound
+from .latents import film_latent, masks, shape_of, streams
+from .sampler import MAX_SEED
+
+log = logging.getLogger(__name__)
+CATEGORY = "HappyHorse/latent"
+ASPECTS = (*MAGIHUMAN.sizes, "custom")
+LONG_SECONDS = 10
+FORMAT = "happyhorse av latent 1"
+SUFFIX = ".safetensors"
+FILM = "A film with sound, not made yet: from HappyHorse Empty Latent or another of these nodes."
+ENCODER = "Wan2.2 VAE, from HappyHorse Load Video VAE; the turbo decoder cannot encode."
+AUDIO_VAE = "From HappyHorse Load Audio VAE."
+Latent = dict[str, Any]
+
+
+def latent_output(tooltip: str = "The film, for HappyHorse Sampler.") -> io.Latent.Output:
+    """The LATENT that these nodes hand out."""
+    return io.Latent.Output(display_name="latent", tooltip=tooltip)
+
+
+def size_inputs() -> list[io.Input]:
+    """Aspect, width and height."""
+    sizes = ", ".join(f"{aspect} {width}x{height}" for aspect, (width, height) in MAGIHUMAN.sizes.items())
+    return [
+        io.Combo.Input("aspect", options=list(ASPECTS),
+                       tooltip=f"The trained sizes in pixels: {sizes}; custom takes width and height."),
+        io.Int.Input("width", default=448, min=SIZE_STEP, max=2048, step=SIZE_STEP,
+                     tooltip="Pixels, a multiple of 32, for aspect custom only."),
+        io.Int.Input("height", default=256, min=SIZE_STEP, max=2048, step=SIZE_STEP,
+                     tooltip="Pixels, a multiple of 32, for aspect custom only."),
+    ]  # fmt: skip
+
+
+def seconds_input() -> io.Float.Input:
+    """The length of a film."""
+    return io.Float.Input(
+        "seconds", default=5.0, min=MIN_SECONDS, max=MAX_SECONDS, step=0.04, round=0.0001,
+        tooltip="Length, 0.2 to 30 s in steps of 0.04 s. The models were trained on films of up to 10 s.",
+    )  # fmt: skip
+
+
+def size_of(aspect: str, width: int, height: int) -> tuple[int, int]:
+    """(width, height) of an aspect, or those given."""
+    return MAGIHUMAN.sizes.get(aspect, (width, height))
+
+
+def empty(shape: FilmShape, batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Raw latents of a film's shapes, all zero."""
+    device, config = comfy.model_management.intermediate_device(), MAGIHUMAN.transformers["distill"]
+    size = shape.latent_frames, shape.latent_rows, shape.latent_columns
+    video = torch.zeros(batch, config.latent_channels, *size, device=device)
+    return video, torch.zeros(batch, config.audio_in_channels, shape.audio_latents, device=device)
+
+
+class HappyHorseEmptyLatent(io.ComfyNode):
+    """A film to be made from a prompt alone."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HappyHorseEmptyLatent",
+            display_name="HappyHorse Empty Latent",
+            category=CATEGORY,
+            description="Size and length of a film with sound. Other nodes put a first frame or a sound in.",
+            search_aliases=["empty av latent", "size", "aspect", "seconds", "magihuman"],
+            inputs=[
+                *size_inputs(),
+                seconds_input(),
+                io.Int.Input("batch_size", default=1, min=1, max=8,
+                             tooltip="Films made at once, 1 to 8. More than one needs as much more memory."),
+            ],
+            outputs=[latent_output()],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, aspect: str, width: int, height: int, seconds: float, batch_size: int) -> io.NodeOutput:
+        shape = FilmShape.from_seconds(*size_of(aspect, width, height), seconds)
+        if seconds > LONG_SECONDS:
+            log.warning("films above %d s are longer than what the models were trained on", LONG_SECONDS)
+        return io.NodeOutput(film_latent(*empty(shape, batch_size)))
+
+
+class HappyHorseImageToFilm(io.ComfyNode):
+    """A picture as the first frame."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HappyHorseImageToFilm",
+            display_name="HappyHorse Image to Film",
+            category=CATEGORY,
+            description="Puts a picture into a film as its first frame, which the sampler then keeps.",
+            search_aliases=["image to video", "i2v", "first frame", "start image"],
+            inputs=[
+                io.Latent.Input("latent", tooltip=FILM),
+                io.Vae.Input("vae", tooltip=ENCODER),
+                io.Image.Input(
+                    "image", tooltip="One picture; cropped about its centre to the film's aspect."
+                ),
+            ],
+            outputs=[latent_output()],
+        )
+
+    @classmethod
+    def execute(cls, latent: Latent, vae: Any, image: Tensor) -> io.NodeOutput:
+        video, audio = streams(latent)
+        frame = encode_first_frame(vae, image, shape_of(latent))
+        video_mask, audio_mask = masks(latent)
+        video, video_mask = video.clone(), video_mask.clone()
+        video[:, :, :1], video_mask[:, :, :1] = frame, 0
+        return io.NodeOutput(latent | film_latent(video, audio, video_mask, audio_mask))
+
+
+class HappyHorseAudioToFilm(io.ComfyNode):
+    """A sound as the film's own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HappyHorseAudioToFilm",
+            display_name="HappyHorse Audio to Film",
+            category=CATEGORY,
+            description="Makes a film for a sound you give, lips in step with speech.",
+            search_aliases=["audio to video", "a2v", "lip sync", "talking", "driving audio"],
+            inputs=[
+                io.Latent.Input("latent", tooltip=FILM),
+                io.Vae.Input("audio_vae", tooltip=AUDIO_VAE),
+                io.Audio.Input("audio", tooltip="Any rate, mono or stereo; cut or padded to the film."),
+                io.Combo.Input("mode", options=list(AUDIO_MODES),
+                               tooltip="hold: the sound stays as it is, and the film carries it. start: as "
+                               "published, the distilled model only begins with it and makes a new one."),
+                io.Combo.Input("encoding", options=["mean", "sampled"], advanced=True,
+                               tooltip="mean: the most likely latents. sampled: drawn as published."),
+                io.Int.Input("seed", default=42, min=0, max=MAX_SEED, advanced=True,
+                             control_after_generate=False, tooltip="Of the drawing, for encoding sampled."),
+            ],
+            outputs=[
+                latent_output(),
+                io.Audio.Output(display_name="audio", tooltip="The sound as long as the film, 44.1 kHz "
+                                "stereo: connect it to the decode node in mode hold."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, latent: Latent, audio_vae: Any, audio: Audio, mode: str, encoding: str, seed: int
+    ) -> io.NodeOutput:
+        video, _ = streams(latent)
+        shape = shape_of(latent)
+        generator = FilmNoise(seed).audio_encoding() if encoding == "sampled" else None
+        encoded = encode_sound(audio_vae, audio, shape, generator).expand(len(video), -1, -1)
+        video_mask, audio_mask = masks(latent)
+        audio_mask = torch.full_like(audio_mask, float(mode == "start"))
+        result = (
+            latent | film_latent(video, encoded, video_mask, audio_mask) | {"start_audio": mode == "start"}
+        )
+        sound = film_sound(one_sound(audio, FILM_RATE, 2), shape)
+        return io.NodeOutput(result, {"waveform": sound[None], "sample_rate": FILM_RATE})
+
+
+def _source_inputs() -> list[io.Input]:
+    return [
+        io.Vae.Input("vae", tooltip=ENCODER),
+        io.Vae.Input("audio_vae", tooltip=AUDIO_VAE),
+        *size_inputs(),
+    ]
+
+
+def _film_inputs() -> list[io.Input]:
+    return [
+        io.Video.Input("video", optional=True, tooltip="The film, at any frame rate; or connect images."),
+        io.Image.Input("images", optional=True, tooltip="Its frames, taken as 25 a second."),
+        io.Audio.Input("audio", optional=True, tooltip="Its sound; without one the video's own is taken."),
+    ]
+
+
+class HappyHorseFilmToFilm(io.ComfyNode):
+    """A film to be changed."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HappyHorseFilmToFilm",
+            display_name="HappyHorse Film to Film",
+            category=CATEGORY,
+            description="Encodes a film and its sound, to be changed by a sampler with denoise below 1.",
+            search_aliases=["video to video", "v2v", "encode film"],
+            inputs=[*_source_inputs(), *_film_inputs()],
+            outputs=[latent_output("The film, for HappyHorse Sampler with denoise below 1.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, vae: Any, audio_vae: Any, aspect: str, width: int, height: int, video: Any = None,
+        images: Tensor | None = None, audio: Audio | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        frames, sound = film_frames(video, images, audio)
+        count = min((len(frames) - 1) // 4 * 4 + 1, int(MAX_SECONDS * 25) + 1)
+        if count < 5:
+            raise ValueError(f"video, images: at least 5 frames are needed, got {len(frames)}; connect more")
+        if count < len(frames):
+            log.warning(
+                "video, images: a film has 4n+1 frames, the last %d are left out", len(frames) - count
+            )
+        size = size_of(aspect, width, height)
+        return io.NodeOutput(film_latent(*encode_film(vae, audio_vae, frames[:count], sound, size)))
+
+
+class HappyHorseContinueFilm(io.ComfyNode):
+    """The end of a film as the start of the next."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HappyHorseContinueFilm",
+            display_name="HappyHorse Continue Film",
+            category=CATEGORY,
+            description="Begins a film with the last frames and sound of another, which the sampler keeps.",
+            search_aliases=["extend video", "continue video", "longer film"],
+            inputs=[
+                *_source_inputs(),
+                seconds_input(),
+                io.Int.Input("overlap", default=9, min=1, max=121, step=4,
+                             tooltip="Last frames that are taken over, 4n+1: 1, 5, 9 ... 121."),
+                *_film_inputs(),
+            ],
+            outputs=[
+                latent_output(),
+                io.Int.Output(display_name="overlap_frames", tooltip="Frames that both films have."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, vae: Any, audio_vae: Any, aspect: str, width: int, height: int, seconds: float, overlap: int,
+        video: Any = None, images: Tensor | None = None, audio: Audio | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        frames, sound = film_frames(video, images, audio)
+        shape = FilmShape.from_seconds(*size_of(aspect, width, height), seconds)
+        if overlap % 4 != 1 or overlap > len(frames) or overlap >= shape.pixel_frames:
+            raise ValueError(
+                f"overlap: 4n+1 frames are needed, at most the {len(frames)} of the given film and fewer "
+                f"than the {shape.pixel_frames} of the new one, got {overlap}; choose another number"
+            )
+        if sound is not None:
+            sound = last_sound(sound, len(frames), overlap)
+        size = shape.width, shape.height
+        start = encode_film(vae, audio_vae, frames[-overlap:], sound, size)
+        new_streams, new_masks = empty(shape), []
+        for stream, held in zip(new_streams, start, strict=True):
+            mask = torch.ones_like(stream[:, :1])
+            stream[:, :, : held.shape[2]], mask[:, :, : held.shape[2]] = held, 0
+            new_masks.append(mask)
+        return io.NodeOutput(film_latent(*new_streams, *new_masks), overlap)
+
+
+def last_sound(audio: Audio, frames: int, overlap: int) -> Audio:
+    """The sound of the last `overlap` of `frames` pictures."""
+    rate, waveform = audio["sample_rate"], audio["waveform"]
+    first = round((frames - overlap) / 25 * rate)
+    return {"waveform": waveform[..., first : first + round(overlap / 25 * rate)], "sample_rate": rate}
+
+
+class HappyHorseSaveLatent(io.ComfyNode):
+    """A film's latents as a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HappyHorseSaveLatent",
+            display_name="HappyHorse Save Latent",
+            category=CATEGORY,
+            description="Saves a film before it is decoded (.safetensors), to decode or enlarge later. The "
+            "stock node cannot save two streams.",
+            search_aliases=["save av latent", "export latent"],
+            inputs=[
+                io.Latent.Input("latent", tooltip="A film with sound."),
+                io.String.Input("filename_prefix", default="latents/happyhorse",
+                                tooltip="Folder and beginning of the name, below the output folder."),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, latent: Latent, filename_prefix: str) -> io.NodeOutput:
+        video, audio = streams(latent)
+        tensors = {"video": video, "audio": audio}
+        if latent.get("noise_mask") is not None:
+            tensors |= dict(zip(("video_mask", "audio_mask"), masks(latent), strict=True))
+        extra = {"start_audio": bool(latent.get("start_audio"))}
+        root = folder_paths.get_output_directory()
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        file = f"{name}_{counter:05}_{SUFFIX}"
+        plain = {key: tensor.float().cpu() for key, tensor in tensors.items()}
+        write_tensors(Path(folder, file), plain, {"format": FORMAT, "extra": json.dumps(extra)})
+        shown = {"filename": file, "subfolder": subfolder, "type": "output"}
+        return io.NodeOutput(ui={"latents": [shown]})
+
+
+class HappyHorseLoadLatent(io.ComfyNode):
+    """A film's latents from a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HappyHorseLoadLatent",
+            display_name="HappyHorse Load Latent",
+            category=CATEGORY,
+            description="Loads a film that HappyHorse Save Latent has kept.",
+            search_aliases=["load av latent", "import latent"],
+            inputs=[
+                io.Combo.Input("latent", options=saved_latents(),
+                               tooltip="A file of the input folder, or of output/latents."),
+            ],
+            outputs=[latent_output("The film, for decoding, super-resolution or a sampler.")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, latent: str | None) -> bool | str:
+        if latent is None or folder_paths.exists_annotated_filepath(latent):
+            return True
+        return f"latent: there is no file {latent!r}; save one with HappyHorse Save Latent, then press R"
+
+    @classmethod
+    def fingerprint_inputs(cls, latent: str) -> str:
+        stat = Path(folder_paths.get_annotated_filepath(latent)).stat()
+        return f"{latent} {stat.st_size} {stat.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, latent: str) -> io.NodeOutput:
+        return io.NodeOutput(read_latent(Path(folder_paths.get_annotated_filepath(latent))))
+
+
+def saved_latents() -> list[str]:
+    """Names of what may be loaded, as the host annotates them."""
+    inputs = Path(folder_paths.get_input_directory())
+    outputs = Path(folder_paths.get_output_directory())
+    names = [file.name for file in sorted(inputs.glob(f"*{SUFFIX}"))]
+    return names + [
+        f"{file.relative_to(outputs).as_posix()} [output]"
+        for file in sorted((outputs / "latents").glob(f"*{SUFFIX}"))
+    ]
+
+
+def read_latent(path: Path) -> Latent:
+    """The LATENT in a file; raises ValueError for a file of another kind or a damaged one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"its format is {metadata.get('format')!r}")
+        latent = film_latent(*(tensors[key] for key in ("video", "audio")))
+        if "video_mask" in tensors:
+            latent["noise_mask"] = NestedTensor([tensors["video_mask"], tensors["audio_mask"]])
+        streams(latent)
+        return latent | {k: v for k, v in json.loads(metadata["extra"]).items() if v}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"latent: {path.name} is not a film's latent ({error}); choose one of HappyHorse Save Latent"
+        ) from error
+
+
+NODES = [
+    HappyHorseEmptyLatent,
+    HappyHorseImageToFilm,
+    HappyHorseAudioToFilm,
+    HappyHorseFilmToFilm,
+    HappyHorseContinueFilm,
+    HappyHorseSaveLatent,
+    HappyHorseLoadLatent,
+]

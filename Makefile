@@ -1,17 +1,38 @@
-# Everything here sets itself up in .venv; all it needs is Python 3.10 or newer, make and a package index.
+# Everything here sets itself up: in .venv, and for the tests on ComfyUI in .venv-host.
+# All it needs is Python 3.10 or newer, GNU make and a package index.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# $COMFYUI_PATH, else the ComfyUI whose custom_nodes/ holds this folder, else ~/comfy/ComfyUI, else nothing
+COMFYUI := $(shell $(PYTHON) tests/nodes/launch_host.py where 2>/dev/null)
+HOST := .venv-host
+HOST_PIP := $(HOST)/bin/python -m pip install -qq
+SUMMARY := $(CURDIR)/$(VENV)/summary.txt
+PYTEST := -m pytest -n auto --dist loadgroup
+TESTING := TEST_SUMMARY=$(SUMMARY) OMP_NUM_THREADS=1
 
-.PHONY: demo test lint bench soak gpu clean
+.PHONY: demo test test-core test-host lint bench soak gpu clean
 
 demo: $(VENV)/.ready
 	$(BIN)/happyhorse generate --preset pony --prompt "a red circle bounces slow on a teal background ." --out happyhorse.mp4
 
-test: $(VENV)/.ready-test
+test:
+	@where=$$($(PYTHON) tests/nodes/launch_host.py where) && echo "ComfyUI to test on: $${where:-none found}"
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.ready-test $(COMFYUI:%=$(HOST)/.ready)
+	@$(MAKE) --no-print-directory lint
+	@rm -f $(SUMMARY)
+	@$(MAKE) --no-print-directory -k test-core $(COMFYUI:%=test-host); result=$$?; echo; cat $(SUMMARY); exit $$result
+
+# Without a ComfyUI its tests are collected here, to be counted as skipped.
+test-core: $(VENV)/.ready-test
+	$(TESTING) $(BIN)/python $(PYTEST) -m 'not gpu$(COMFYUI:%= and not host)' $(PYTEST_ARGS)
+
+test-host: $(HOST)/.ready
+	$(TESTING) $(HOST)/bin/python $(PYTEST) -m 'host and not gpu' tests/nodes $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
 bench: $(VENV)/.ready-test
 	$(BIN)/python benchmarks/transformer_speed.py
@@ -25,7 +46,7 @@ gpu: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(HOST)
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +57,21 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 
 $(VENV)/.ready-test: $(VENV)/.ready
 	$(BIN)/python -m pip install -qq --editable ".[test]"
+	touch $@
+
+# torchvision and torchaudio for the host's imports only: their native libraries may be built for another PyTorch
+# (tests/nodes/launch_host.py does without torchvision's, torchaudio is pure Python without its own).
+$(HOST)/.comfyui: $(COMFYUI:%=%/requirements.txt)
+	$(PYTHON) -m venv $(HOST)
+	$(HOST_PIP) --upgrade pip
+	$(HOST_PIP) $(TORCH)
+	$(HOST_PIP) --no-deps torchvision==0.28.0 torchaudio==2.11.0
+	rm -f $(HOST)/lib/python3*/site-packages/torchaudio/lib/*.so
+	grep -vxE '(torch|torchvision|torchaudio)([^a-z].*)?' $(COMFYUI)/requirements.txt > $(HOST)/requirements.txt
+	$(HOST_PIP) -r $(HOST)/requirements.txt
+	touch $@
+
+# After the other environment: two builds at once would write the same metadata folder.
+$(HOST)/.ready: $(HOST)/.comfyui $(VENV)/.ready-test
+	$(HOST_PIP) --editable ".[host]"
 	touch $@

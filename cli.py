@@ -26,6 +26,7 @@ from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
 from .sampler.pipeline import FilmRequest, generate, write_film
 from .sampler.plan import Plan, plan_film, require_fit
 from .sampler.stages import RECIPES
+from .save_workflow import save_workflow
 
 log = logging.getLogger("happyhorse")
 LONG_SECONDS = 10.0
@@ -72,6 +73,8 @@ def _generate(options: argparse.Namespace) -> None:
     _check_output(options.out, ".mp4")
     if options.save_latents:
         _check_output(options.save_latents, ".safetensors")
+    if options.save_workflow:
+        _check_output(options.save_workflow, ".json")
     checkpoints = _open_parts(options, models_folder(options))
     device, dtype = options.device or default_device(), DTYPES[options.dtype]
 
@@ -81,6 +84,8 @@ def _generate(options: argparse.Namespace) -> None:
 
     smaller = _smaller(request, options.sr, preset, plan)
     offload = require_fit(plan(request.shape, request.large), options.offload, smaller)
+    if options.save_workflow:
+        log.info(save_workflow(options.save_workflow, options, request, checkpoints))
     with Bars() as bars:
         parts = Parts(checkpoints, device, offload, dtype, default_vae_dtype(dtype, device), bars.progress)
         film = generate(parts, request, bars.progress, bars.notice)

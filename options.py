@@ -111,6 +111,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-latents", type=Path, metavar="FILE", help="also keep the latents (.safetensors)"
     )
+    parser.add_argument(
+        "--save-workflow",
+        type=Path,
+        metavar="FILE",
+        help="besides making the film, write its settings as a prompt for ComfyUI (.json, API format)",
+    )
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -193,14 +199,17 @@ def default_device() -> torch.device:
 def models_folder(options: argparse.Namespace) -> Path:
     """The folder of models asked for; the pony's is written first if it is not there."""
     if options.models is None and options.preset == "pony":
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "happyhorse"
-        try:
-            return pony.ensure_pony(cache / f"pony-{pony.VERSION}")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"the pony cannot be written to {cache} ({error}); set XDG_CACHE_HOME"
-            ) from error
+        return pony_folder()
     return options.models or Path("models")
+
+
+def pony_folder() -> Path:
+    """The user's copy of the pony, written first if it is not there; raises ValueError where that fails."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "happyhorse"
+    try:
+        return pony.ensure_pony(cache / f"pony-{pony.VERSION}")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the pony cannot be written to {cache} ({error}); set XDG_CACHE_HOME") from error
 
 
 def sentence(error: Exception) -> str:

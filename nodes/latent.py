@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..model.config import MAGIHUMAN
-from ..model.geometry import FILM_RATE, MAX_SECONDS, MIN_SECONDS, SIZE_STEP, FilmShape
+from ..model.geometry import FILM_RATE, FPS, MAX_SECONDS, MIN_SECONDS, SIZE_STEP, FilmShape
 from ..model.weight_files import write_tensors
 from ..sampler.noise import FilmNoise
 from ..sampler.pipeline import AUDIO_MODES, film_sound
@@ -167,6 +167,10 @@ class HappyHorseAudioToFilm(io.ComfyNode):
         cls, latent: Latent, audio_vae: Any, audio: Audio, mode: str, encoding: str, seed: int
     ) -> io.NodeOutput:
         video, _ = streams(latent)
+        if audio is None:  # what Get Video Components hands out for a film without sound
+            raise ValueError(
+                "audio: the connected film has no sound; connect a sound, or leave this node out"
+            )
         shape = shape_of(latent)
         generator = FilmNoise(seed).audio_encoding() if encoding == "sampled" else None
         encoded = encode_sound(audio_vae, audio, shape, generator).expand(len(video), -1, -1)
@@ -216,7 +220,7 @@ class HappyHorseFilmToFilm(io.ComfyNode):
         images: Tensor | None = None, audio: Audio | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         frames, sound = film_frames(video, images, audio)
-        count = min((len(frames) - 1) // 4 * 4 + 1, int(MAX_SECONDS * 25) + 1)
+        count = min(len(frames) - 1, int(MAX_SECONDS * FPS)) // 4 * 4 + 1
         if count < 5:
             raise ValueError(f"video, images: at least 5 frames are needed, got {len(frames)}; connect more")
         if count < len(frames):
@@ -276,10 +280,12 @@ class HappyHorseContinueFilm(io.ComfyNode):
 
 
 def last_sound(audio: Audio, frames: int, overlap: int) -> Audio:
-    """The sound of the last `overlap` of `frames` pictures."""
+    """The sound of the last `overlap` of `frames` pictures; silence where it ends before them."""
     rate, waveform = audio["sample_rate"], audio["waveform"]
-    first = round((frames - overlap) / 25 * rate)
-    return {"waveform": waveform[..., first : first + round(overlap / 25 * rate)], "sample_rate": rate}
+    first, length = round((frames - overlap) / FPS * rate), round(overlap / FPS * rate)
+    part = waveform[..., first : first + length]
+    missing = length - part.shape[-1]
+    return {"waveform": torch.nn.functional.pad(part, (0, missing)), "sample_rate": rate}
 
 
 class HappyHorseSaveLatent(io.ComfyNode):
@@ -310,13 +316,23 @@ class HappyHorseSaveLatent(io.ComfyNode):
         if latent.get("noise_mask") is not None:
             tensors |= dict(zip(("video_mask", "audio_mask"), masks(latent), strict=True))
         extra = {"start_audio": bool(latent.get("start_audio"))}
-        root = folder_paths.get_output_directory()
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root)
+        folder, name, counter, subfolder = _next_file(filename_prefix)
         file = f"{name}_{counter:05}_{SUFFIX}"
         plain = {key: tensor.float().cpu() for key, tensor in tensors.items()}
         write_tensors(Path(folder, file), plain, {"format": FORMAT, "extra": json.dumps(extra)})
         shown = {"filename": file, "subfolder": subfolder, "type": "output"}
         return io.NodeOutput(ui={"latents": [shown]})
+
+
+def _next_file(prefix: str) -> tuple[str, str, int, str]:
+    """Folder, name, number and subfolder of the next file of a prefix, as all the host's nodes count."""
+    root = folder_paths.get_output_directory()
+    if not Path(root, prefix).resolve().is_relative_to(Path(root).resolve()):
+        raise ValueError(
+            f"filename_prefix: files are saved below the output folder only, got {prefix!r}; "
+            "give a name, or a folder and a name, without .. and without a leading /"
+        )
+    return folder_paths.get_save_image_path(prefix, root)[:4]
 
 
 class HappyHorseLoadLatent(io.ComfyNode):
@@ -360,7 +376,7 @@ def saved_latents() -> list[str]:
     names = [file.name for file in sorted(inputs.glob(f"*{SUFFIX}"))]
     return names + [
         f"{file.relative_to(outputs).as_posix()} [output]"
-        for file in sorted((outputs / "latents").glob(f"*{SUFFIX}"))
+        for file in sorted((outputs / "latents").rglob(f"*{SUFFIX}"))
     ]
 
 

@@ -7,6 +7,7 @@ mask of (B, 1, T, H, W) and (B, 1, A) in which 1 is generated and 0 is kept.
 from collections.abc import Sequence
 from typing import Any
 
+import comfy.utils
 import torch
 from comfy.nested_tensor import NestedTensor
 from torch import Tensor
@@ -72,12 +73,19 @@ def streams(latent: dict[str, Any], socket: str = "latent") -> tuple[Tensor, Ten
 
 
 def masks(latent: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The noise masks (B, 1, T, H, W) and (B, 1, A) of a checked LATENT, ones where there are none."""
-    video, audio = streams(latent)
+    """The noise masks (B, 1, T, H, W) and (B, 1, A) of a checked LATENT, ones where there are none.
+
+    Masks of stock nodes, at the size of pixels or with a mask per channel, come out as the sampler would use
+    them, of the latents' size.
+    """
+    both = streams(latent)
     found = latent.get("noise_mask")
     given = [] if found is None else found.unbind() if found.is_nested else [found]
-    ones = [torch.ones_like(video[:, :1]), torch.ones_like(audio[:, :1])]
-    return tuple([*given[:2], *ones[len(given) :]])
+    fitted = [
+        comfy.utils.reshape_mask(mask, (len(stream), 1, *stream.shape[2:]))[:, :1]
+        for mask, stream in zip(given, both, strict=False)
+    ]
+    return tuple([*fitted, *(torch.ones_like(stream[:, :1]) for stream in both[len(fitted) :])])
 
 
 def shape_of(latent: dict[str, Any], socket: str = "latent") -> FilmShape:

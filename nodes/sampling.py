@@ -127,21 +127,30 @@ class PublishedGuider(comfy.samplers.CFGGuider):
         model_options: dict[str, Any] | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Return the guided clean latents, packed; nodes that patch guidance see them as usual."""
+        """Return the guided clean latents, packed; nodes that patch guidance are heard as usual."""
         del seed
-        shapes, options = self.inner_model.latent_shapes, dict(model_options or {})
-
-        def guided(args: dict[str, Any]) -> Tensor:
-            conditional, unconditional = (
-                _unpack(args[key], shapes) for key in ("cond_denoised", "uncond_denoised")
-            )
-            scale = self._video_scale(args["sigma"].flatten()[0].item(), conditional.video)
-            return args["input"] - _pack(guide(conditional, unconditional, scale))
-
-        options.setdefault("sampler_cfg_function", guided)
-        options["disable_cfg1_optimization"] = True
-        conds = (self.conds["negative"], self.conds["positive"])
-        return comfy.samplers.sampling_function(self.inner_model, x, timestep, *conds, self.cfg, options)
+        options = model_options or {}
+        conds = [self.conds["positive"], self.conds["negative"]]
+        results = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+        told = {
+            "conds": conds, "cond_scale": self.cfg, "timestep": timestep, "sigma": timestep, "input": x,
+            "model": self.inner_model, "model_options": options,
+        }  # fmt: skip
+        for patch in options.get("sampler_pre_cfg_function", []):
+            results = patch({**told, "conds_out": results})
+        if "sampler_cfg_function" in options:  # another node's guidance takes the place of the published one
+            arguments = (*results[:2], self.cfg, x, timestep, options, *conds)
+            return comfy.samplers.cfg_function(self.inner_model, *arguments)
+        shapes = self.inner_model.latent_shapes
+        conditional, unconditional = (_unpack(result, shapes) for result in results[:2])
+        scale = self._video_scale(timestep.flatten()[0].item(), conditional.video)
+        denoised = _pack(guide(conditional, unconditional, scale))
+        told |= {
+            "cond": conds[0], "uncond": conds[1], "cond_denoised": results[0], "uncond_denoised": results[1]
+        }  # fmt: skip
+        for patch in options.get("sampler_post_cfg_function", []):
+            denoised = patch({**told, "denoised": denoised})
+        return denoised
 
     def _video_scale(self, sigma: float, video: Tensor) -> float | Tensor:
         if self.inner_model.variant.endswith("_sr"):

@@ -15,6 +15,7 @@ from ..model.finite import check_finite
 from ..model.geometry import FILM_RATE, FPS, MAX_SECONDS, FilmShape
 from ..model.packing import Latents, PackedLayout
 from ..model.prompt import TextStates, encode_prompt
+from ..model.video_vae import denormalize_latents, normalize_latents
 from .conditions import Conditions, StepCallback
 from .noise import FilmNoise
 from .parts import Parts, Progress
@@ -217,11 +218,11 @@ def _sample(
     steps = request.steps or recipe.steps
     progress("sampling", 0, steps)
     with parts.use("transformer") as (transformer, run_block):
-        return sample_base(
+        return _kept(sample_base(
             network_of(transformer, run_block), start, text, negative=negative, few_step=recipe.few_step,
             steps=steps, noise_fn=noise.step, conditions=Conditions(frame, held),
             callback=_step_callback("sampling", steps, progress),
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 def _enlarge(
@@ -237,11 +238,18 @@ def _enlarge(
     steps = RECIPES[parts.checkpoints["super_resolution"].variant].steps
     progress("super-resolution", 0, steps)
     with parts.use("super_resolution") as (transformer, run_block):
-        return sample_super_resolution(
+        return _kept(sample_super_resolution(
             network_of(transformer, run_block), base, noise.super_resolution(_empty(parts, shape)), text,
             negative=None, steps=steps, first_frame=frame,
             callback=_step_callback("super-resolution", steps, progress),
-        )  # fmt: skip
+        ))  # fmt: skip
+
+
+def _kept(latents: Latents) -> Latents:
+    """Latents as ComfyUI keeps them between nodes, raw, and normalised again: the roundings of both make the
+    film of a graph and that of the command line equal to the last bit.
+    """
+    return latents._replace(video=normalize_latents(denormalize_latents(latents.video)))
 
 
 def _step_callback(stage: str, steps: int, progress: Progress) -> StepCallback:

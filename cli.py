@@ -19,7 +19,15 @@ from .media import read_audio
 from .model.audio_vae import ENCODE_RATE
 from .model.checkpoint import Checkpoint, check_names, describe
 from .model.config import PRESETS, Preset
-from .model.geometry import FPS, MAX_SECONDS, MIN_SECONDS, FilmShape, audio_latents, super_resolution_size
+from .model.geometry import (
+    FPS,
+    LONG_SECONDS,
+    MAX_SECONDS,
+    MIN_SECONDS,
+    FilmShape,
+    audio_latents,
+    super_resolution_size,
+)
 from .model.weight_files import write_tensors
 from .options import DTYPES, default_device, models_folder, parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
@@ -29,7 +37,6 @@ from .sampler.stages import RECIPES
 from .save_workflow import save_workflow
 
 log = logging.getLogger("happyhorse")
-LONG_SECONDS = 10.0
 PACKAGES = ("torch", "safetensors", "tokenizers", "av", "numpy", "pillow", "einops")
 
 

@@ -10,6 +10,7 @@ FILM_RATE = 44100  # samples per second of a finished film
 PIXELS_PER_LATENT = 16
 SIZE_STEP = 32  # two latents: the transformer's patch
 MIN_SECONDS, MAX_SECONDS = 0.2, 30.0
+LONG_SECONDS = 10.0  # longer films than this were not trained
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,8 @@ def film_frames(video: Any, images: Tensor | None, audio: Audio | None) -> tuple
     if rate != FPS:
         log.warning("video: its %g frames a second become %d by nearest time", float(rate), FPS)
         times = torch.arange(max(1, round(len(frames) / rate * FPS))) / FPS
-        frames = frames[(times * float(rate)).round().long().clamp(max=len(frames) - 1)]
+        nearest = (times * float(rate) + 0.5).long()
+        frames = frames[nearest.clamp(max=len(frames) - 1)]
     return frames, audio if audio is not None else parts.audio
 
 

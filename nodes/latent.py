@@ -2,19 +2,21 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import folder_paths
 import torch
+from comfy.cli_args import args
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..model.config import MAGIHUMAN
-from ..model.geometry import FILM_RATE, FPS, MAX_SECONDS, MIN_SECONDS, SIZE_STEP, FilmShape
+from ..model.geometry import FILM_RATE, FPS, LONG_SECONDS, MAX_SECONDS, MIN_SECONDS, SIZE_STEP, FilmShape
 from ..model.weight_files import write_tensors
 from ..sampler.noise import FilmNoise
 from ..sampler.pipeline import AUDIO_MODES, film_sound
@@ -25,7 +27,7 @@ from .sampler import MAX_SEED
 log = logging.getLogger(__name__)
 CATEGORY = "HappyHorse/latent"
 ASPECTS = (*MAGIHUMAN.sizes, "custom")
-LONG_SECONDS = 10
+AS_GIVEN = "as given"
 FORMAT = "happyhorse av latent 1"
 SUFFIX = ".safetensors"
 FILM = "A film with sound, not made yet: from HappyHorse Empty Latent or another of these nodes."
@@ -39,12 +41,13 @@ def latent_output(tooltip: str = "The film, for HappyHorse Sampler.") -> io.Late
     return io.Latent.Output(display_name="latent", tooltip=tooltip)
 
 
-def size_inputs() -> list[io.Input]:
-    """Aspect, width and height."""
+def size_inputs(as_given: bool = False) -> list[io.Input]:
+    """Aspect, width and height; `as_given` offers the aspect of a given film."""
+    more = f"; {AS_GIVEN} takes the trained size nearest to the film's aspect" if as_given else ""
     sizes = ", ".join(f"{aspect} {width}x{height}" for aspect, (width, height) in MAGIHUMAN.sizes.items())
     return [
-        io.Combo.Input("aspect", options=list(ASPECTS),
-                       tooltip=f"The trained sizes in pixels: {sizes}; custom takes width and height."),
+        io.Combo.Input("aspect", options=[*([AS_GIVEN] if as_given else []), *ASPECTS],
+                       tooltip=f"The trained sizes in pixels: {sizes}; custom takes width and height{more}."),
         io.Int.Input("width", default=448, min=SIZE_STEP, max=2048, step=SIZE_STEP,
                      tooltip="Pixels, a multiple of 32, for aspect custom only."),
         io.Int.Input("height", default=256, min=SIZE_STEP, max=2048, step=SIZE_STEP,
@@ -60,9 +63,12 @@ def seconds_input() -> io.Float.Input:
     )  # fmt: skip
 
 
-def size_of(aspect: str, width: int, height: int) -> tuple[int, int]:
-    """(width, height) of an aspect, or those given."""
-    return MAGIHUMAN.sizes.get(aspect, (width, height))
+def size_of(aspect: str, width: int, height: int, frames: Tensor | None = None) -> tuple[int, int]:
+    """(width, height) of an aspect, of that of `frames` (F, H, W, C), or those given."""
+    if aspect != AS_GIVEN:
+        return MAGIHUMAN.sizes.get(aspect, (width, height))
+    given = math.log(frames.shape[2] / frames.shape[1])
+    return min(MAGIHUMAN.sizes.values(), key=lambda size: abs(math.log(size[0] / size[1]) - given))
 
 
 def empty(shape: FilmShape, batch: int = 1) -> tuple[Tensor, Tensor]:
@@ -97,7 +103,7 @@ class HappyHorseEmptyLatent(io.ComfyNode):
     def execute(cls, aspect: str, width: int, height: int, seconds: float, batch_size: int) -> io.NodeOutput:
         shape = FilmShape.from_seconds(*size_of(aspect, width, height), seconds)
         if seconds > LONG_SECONDS:
-            log.warning("films above %d s are longer than what the models were trained on", LONG_SECONDS)
+            log.warning("films above %g s are longer than what the models were trained on", LONG_SECONDS)
         return io.NodeOutput(film_latent(*empty(shape, batch_size)))
 
 
@@ -187,7 +193,7 @@ def _source_inputs() -> list[io.Input]:
     return [
         io.Vae.Input("vae", tooltip=ENCODER),
         io.Vae.Input("audio_vae", tooltip=AUDIO_VAE),
-        *size_inputs(),
+        *size_inputs(as_given=True),
     ]
 
 
@@ -227,7 +233,7 @@ class HappyHorseFilmToFilm(io.ComfyNode):
             log.warning(
                 "video, images: a film has 4n+1 frames, the last %d are left out", len(frames) - count
             )
-        size = size_of(aspect, width, height)
+        size = size_of(aspect, width, height, frames)
         return io.NodeOutput(film_latent(*encode_film(vae, audio_vae, frames[:count], sound, size)))
 
 
@@ -261,7 +267,7 @@ class HappyHorseContinueFilm(io.ComfyNode):
         video: Any = None, images: Tensor | None = None, audio: Audio | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         frames, sound = film_frames(video, images, audio)
-        shape = FilmShape.from_seconds(*size_of(aspect, width, height), seconds)
+        shape = FilmShape.from_seconds(*size_of(aspect, width, height, frames), seconds)
         if overlap % 4 != 1 or overlap > len(frames) or overlap >= shape.pixel_frames:
             raise ValueError(
                 f"overlap: 4n+1 frames are needed, at most the {len(frames)} of the given film and fewer "
@@ -272,9 +278,10 @@ class HappyHorseContinueFilm(io.ComfyNode):
         size = shape.width, shape.height
         start = encode_film(vae, audio_vae, frames[-overlap:], sound, size)
         new_streams, new_masks = empty(shape), []
-        for stream, held in zip(new_streams, start, strict=True):
+        for stream, held, given in zip(new_streams, start, (True, sound is not None), strict=True):
             mask = torch.ones_like(stream[:, :1])
-            stream[:, :, : held.shape[2]], mask[:, :, : held.shape[2]] = held, 0
+            if given:
+                stream[:, :, : held.shape[2]], mask[:, :, : held.shape[2]] = held, 0
             new_masks.append(mask)
         return io.NodeOutput(film_latent(*new_streams, *new_masks), overlap)
 
@@ -306,6 +313,7 @@ class HappyHorseSaveLatent(io.ComfyNode):
                                 tooltip="Folder and beginning of the name, below the output folder."),
             ],
             outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )  # fmt: skip
 
@@ -319,9 +327,18 @@ class HappyHorseSaveLatent(io.ComfyNode):
         folder, name, counter, subfolder = _next_file(filename_prefix)
         file = f"{name}_{counter:05}_{SUFFIX}"
         plain = {key: tensor.float().cpu() for key, tensor in tensors.items()}
-        write_tensors(Path(folder, file), plain, {"format": FORMAT, "extra": json.dumps(extra)})
+        metadata = {"format": FORMAT, "extra": json.dumps(extra)} | _graph_of(cls.hidden)
+        write_tensors(Path(folder, file), plain, metadata)
         shown = {"filename": file, "subfolder": subfolder, "type": "output"}
         return io.NodeOutput(ui={"latents": [shown]})
+
+
+def _graph_of(hidden: Any) -> dict[str, str]:
+    """The graph that made a file, as the stock nodes keep it, unless the user has switched that off."""
+    if hidden is None or args.disable_metadata:
+        return {}
+    given = {"prompt": hidden.prompt} | (hidden.extra_pnginfo or {})
+    return {name: json.dumps(value) for name, value in given.items() if value is not None}
 
 
 def _next_file(prefix: str) -> tuple[str, str, int, str]:

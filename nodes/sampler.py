@@ -17,7 +17,7 @@ from .sampling import SAMPLERS, CoreSampler, FilmNoiseObject, guider
 
 CATEGORY = "HappyHorse/sample"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF - 2  # the draws of a film take seeds up to two above its own
-MAX_STEPS = 200
+MAX_STEPS = 1000
 DENOISE = (
     "Share of the schedule that is run, from 0 to 1. 1 makes a film from noise; below 1 the film given as "
     "latent is changed by so much."
@@ -110,7 +110,7 @@ class HappyHorseSampler(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="Film with sound, from a HappyHorse latent node."),
                 seed_input(),
                 io.Int.Input("steps", default=0, min=0, max=MAX_STEPS,
-                             tooltip="Steps, 1 to 200; 0 takes the model's own number (distill 8, base 32)."),
+                             tooltip="Steps, 1 to 1000; 0 takes the model's own number (distill 8, base 32)."),
                 io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE),
             ],
@@ -146,7 +146,7 @@ class HappyHorseSigmas(io.ComfyNode):
             search_aliases=["scheduler", "sigmas"],
             inputs=[
                 io.Int.Input("steps", default=8, min=1, max=MAX_STEPS,
-                             tooltip="Steps, 1 to 200: distill 8, base 32, super-resolution 5."),
+                             tooltip="Steps, 1 to 1000: distill 8, base 32, super-resolution 5."),
                 io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE),
                 io.Float.Input("shift", default=SHIFT, min=0.1, max=100.0, step=0.1, advanced=True,
                                tooltip="Higher spends more steps at high noise; published: 5."),

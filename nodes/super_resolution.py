@@ -100,7 +100,7 @@ class HappyHorseSuperResolution(io.ComfyNode):
                 LATENT_INPUT,
                 *_size_inputs(),
                 io.Int.Input("steps", default=0, min=0, max=MAX_STEPS, advanced=True,
-                             tooltip="Steps, 1 to 200; 0 takes the model's own number (5)."),
+                             tooltip="Steps, 1 to 1000; 0 takes the model's own number (5)."),
                 *_frame_inputs(),
                 io.Conditioning.Input("negative", optional=True, advanced=True,
                                       tooltip="Connected, the published guidance is used: twice the time."),

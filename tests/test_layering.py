@@ -44,9 +44,14 @@ def test_each_folder_imports_only_what_lies_below_it(folder: str) -> None:
         assert not imported(file) & HOST, file
 
 
-@pytest.mark.parametrize("file", ["cli.py", "media.py", "pony.py", "__init__.py"])
-def test_the_command_line_works_without_the_host(file: str) -> None:
+@pytest.mark.parametrize("file", sorted(file.name for file in ROOT.glob("*.py")))
+def test_nothing_outside_the_nodes_needs_the_host(file: str) -> None:
     assert not imported(ROOT / file) & HOST
+
+
+def test_the_nodes_are_used_by_the_host_alone() -> None:
+    for file in [*ROOT.glob("*.py"), *(file for folder in BELOW for file in (ROOT / folder).glob("*.py"))]:
+        assert file.name == "__init__.py" or ".nodes" not in imported(file), file
 
 
 @pytest.mark.parametrize("command", [["-m", "happyhorse"], [str(ROOT)]])

@@ -1,7 +1,7 @@
 """What the nodes add to the core's own time for a film, in one run of alternating films.
 
-Both make one film of the miniature from loaded networks: prompt, sampling, decoding into an MP4. Needs
-ComfyUI's environment. Usage: `.venv-host/bin/python benchmarks/host_overhead.py [--films 7] [--seconds 2]`.
+Both make one film of the miniature from loaded networks: prompt, sampling, decoding into an MP4. Times are
+those of the processor, which other programs disturb less. Needs ComfyUI's environment. Usage: `.venv-host/bin/python benchmarks/host_overhead.py [--films 7] [--seconds 2]`.
 """
 
 import argparse
@@ -79,10 +79,10 @@ def main() -> None:
         films = {"core": core(folder, options.seconds), "nodes": graph(folder, options.seconds)}
         for turn in range(options.films + 1):  # the first pair warms up
             for name, film in sorted(films.items(), reverse=turn % 2 == 1):
-                start = time.perf_counter()
+                start = time.process_time()
                 film(folder / f"{name}.mp4")
                 if turn:
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(time.process_time() - start)
         same = (folder / "core.mp4").stat().st_size, (folder / "nodes.mp4").stat().st_size
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():

@@ -92,7 +92,7 @@ class HappyHorseDecodeVideo(io.ComfyNode):
         if films != 1:
             raise ValueError(
                 f"latent: one VIDEO holds one film, got a batch of {films}; "
-                "use HappyHorse Decode, or take one film with Latent From Batch"
+                "connect HappyHorse Decode"
             )
         video, sound = _decoded_sound(latent, vae, audio_vae, audio)
         return io.NodeOutput(DecodedFilm(vae, video, sound[0]))

@@ -34,7 +34,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     lines = [f"NOT TESTED, {number} skipped: {reason}" for reason, number in why.most_common()]
     for line in lines:
         terminalreporter.write_line(line, yellow=True, bold=True)
-    if summary := os.environ.get("TEST_SUMMARY"):
+    summary = os.environ.get("TEST_SUMMARY")
+    if summary and not hasattr(config, "workerinput"):  # workers of xdist have their own ends
         counts = [
             f"{len(stats[kind])} {kind}" for kind in ("passed", "failed", "error", "skipped") if kind in stats
         ]

@@ -128,7 +128,11 @@ def _settle_user(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "user.css").touch()
     (folder / "comfy.templates.json").write_text("[]", encoding="utf-8")
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+    settings = {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.Minimap.Visible": False,
+        "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # titles and values are painted at any zoom
+    }
     (folder / "comfy.settings.json").write_text(json.dumps(settings), encoding="utf-8")
 
 

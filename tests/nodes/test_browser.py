@@ -95,6 +95,7 @@ def test_every_node_is_created_and_drawn(page: Page, client: Client, screenshots
     )
     assert [name for name, node in made if node is None] == []
     draw(page)
+    assert page.evaluate("() => app.canvas.visible_nodes.map(node => node.type).sort()") == names
     page.screenshot(path=screenshots / "nodes.png")
 
 

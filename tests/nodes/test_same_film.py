@@ -18,12 +18,13 @@ SETTINGS = {
     "text": [],
     "image": ["--image", "image.png"],
     "sound held": ["--audio", "sound.wav"],
-    "sound as a start": ["--audio", "sound.wav", "--audio-mode", "start"],
+    "sound as a start": ["--audio", "sound.wav", "--audio-mode", "start", "--audio-encoding", "sample"],
     "image and sound": ["--image", "image.png", "--audio", "sound.wav", "--decoder", "wan"],
     "base with guidance": ["--variant", "base", "--steps", "4", "--negative", "a grey square ."],
     "540p from an image": ["--sr", "540p", "--image", "image.png"],
     "1080p": ["--sr", "1080p"],
 }
+RESIZED = ["--upscale", "192x128:bilinear"]
 COMMAND = ["generate", "--preset", "pony", "--prompt", "a red circle bounces slow .", "--seconds", "0.6"]
 
 
@@ -88,3 +89,13 @@ def test_graph_and_command_line_make_one_film(
     assert psnr(pictures, other_pictures) >= 50
     assert sound.shape == other_sound.shape
     assert np.abs(sound - other_sound).max() < 1e-3
+
+
+def test_a_film_to_be_resized_is_resized_in_the_graph(
+    client: host.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*COMMAND, *RESIZED, "--out", "film.mp4", "--save-workflow", "film.json"]) == 0
+    (made,) = client.run(json.loads(Path("film.json").read_text(encoding="utf-8"))).files
+    # the host writes these frames itself, with settings of its own
+    assert read_film(made)[0].shape == read_film(Path("film.mp4"))[0].shape == (13, 128, 192, 3)

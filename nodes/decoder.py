@@ -91,8 +91,7 @@ class HappyHorseDecodeVideo(io.ComfyNode):
         films = streams(latent)[0].shape[0]
         if films != 1:
             raise ValueError(
-                f"latent: one VIDEO holds one film, got a batch of {films}; "
-                "connect HappyHorse Decode"
+                f"latent: one VIDEO holds one film, got a batch of {films}; connect HappyHorse Decode"
             )
         video, sound = _decoded_sound(latent, vae, audio_vae, audio)
         return io.NodeOutput(DecodedFilm(vae, video, sound[0]))

@@ -94,7 +94,7 @@ class HappyHorseTextEncode(io.ComfyNode):
             display_name="HappyHorse Text Encode",
             category=CATEGORY,
             description="Encodes a prompt with the T5Gemma text encoder as the published pipeline does, and "
-            " says what did not fit.",
+            "says what did not fit.",
             search_aliases=[
                 "magihuman text encode",
                 "clip text encode",

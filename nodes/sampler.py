@@ -110,7 +110,7 @@ class HappyHorseSampler(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="Film with sound, from a HappyHorse latent node."),
                 seed_input(),
                 io.Int.Input("steps", default=0, min=0, max=MAX_STEPS,
-                             tooltip="Steps, 1 to 1000; 0 takes the model's own number (distill 8, base 32)."),
+                             tooltip="Steps, 1 to 1000; 0 takes the model's own: distill 8, base 32."),
                 io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE),
             ],

@@ -67,9 +67,8 @@ def start_of(
     raw_video, audio = streams(latent)
     base = to_core([normalize_latents(raw_video.float()), audio.float()])
     batch, channels, frames = raw_video.shape[:3]
-    like = Latents(
-        torch.empty((batch, channels, frames, large.latent_rows, large.latent_columns)), base.audio
-    )
+    size = batch, channels, frames, large.latent_rows, large.latent_columns
+    like = Latents(raw_video.new_empty(size, dtype=torch.float32), base.audio)
     start = super_resolution.prepare(base, noise_fn(like), large.latent_rows, large.latent_columns)
     video, video_mask = torch.zeros_like(start.video), torch.ones_like(start.video[:, :1])
     if frame is not None:

@@ -34,13 +34,15 @@ test-host: $(HOST)/.ready
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 
-bench: $(VENV)/.ready-test
+bench: $(VENV)/.ready-test $(COMFYUI:%=$(HOST)/.ready)
 	$(BIN)/python benchmarks/transformer_speed.py
 	$(BIN)/python benchmarks/load_memory.py
 	$(BIN)/python benchmarks/decode_memory.py
+	$(if $(COMFYUI),$(HOST)/bin/python benchmarks/host_overhead.py,@echo "no ComfyUI: the nodes' overhead is not measured")
 
-soak: $(VENV)/.ready-test
+soak: $(VENV)/.ready-test $(COMFYUI:%=$(HOST)/.ready)
 	$(BIN)/python benchmarks/soak.py
+	$(if $(COMFYUI),$(HOST)/bin/python benchmarks/host_soak.py,@echo "no ComfyUI: its server is not tried")
 
 gpu: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py

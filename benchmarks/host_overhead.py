@@ -1,7 +1,8 @@
 """What the nodes add to the core's own time for a film, in one run of alternating films.
 
 Both make one film of the miniature from loaded networks: prompt, sampling, decoding into an MP4. Times are
-those of the processor, which other programs disturb less. Needs ComfyUI's environment. Usage: `.venv-host/bin/python benchmarks/host_overhead.py [--films 7] [--seconds 2]`.
+those of the processor, which other programs disturb less. Needs ComfyUI's environment.
+Usage: `.venv-host/bin/python benchmarks/host_overhead.py [--films 7] [--seconds 2]`.
 """
 
 import argparse

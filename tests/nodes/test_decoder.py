@@ -87,7 +87,7 @@ def test_a_batch_is_decoded_one_film_after_the_other(vaes: dict[str, Any]) -> No
     assert images.shape == (50, 64, 96, 3) and audio["waveform"].shape == (2, 2, SAMPLES)
     _, given, _ = HappyHorseDecode.execute(film_latent(2), **vaes, audio=tone(0.5, 44100)).result
     assert given["waveform"].shape == (2, 2, SAMPLES)
-    with pytest.raises(ValueError, match=r"latent: one VIDEO holds one film, got a batch of 2; connect HappyHorse Decode"):
+    with pytest.raises(ValueError, match=r"latent: one VIDEO .* batch of 2; connect HappyHorse Decode"):
         HappyHorseDecodeVideo.execute(film_latent(2), **vaes)
 
 

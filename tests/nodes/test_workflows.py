@@ -1,0 +1,158 @@
+"""The example workflows: every pony twin makes a film, and every file is complete."""
+
+import importlib.util
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import av
+import pytest
+from host import PACK, Client
+from PIL import Image
+
+from happyhorse import __version__
+from happyhorse.model.structured_prompt import parse_dialogue, warnings_for
+
+FOLDER = PACK / "workflows"
+FILES = sorted(FOLDER.glob("*.json"))
+TWINS = sorted((PACK / "tests" / "workflows_api").glob("pony_*.json"))
+FRAMES = {"pony_continue_film": 25 + 25 - 9}  # two films of a second that share 9 frames; all others: 25
+SOURCES = {"LoadImage", "LoadAudio", "LoadVideo", "EmptyImage", "ImageAddNoise", "EmptyAudio"}
+# Every folder that the host takes for a pack's templates; of several it serves the first only.
+TEMPLATES = {"example_workflows", "example", "examples", "workflow", "workflows"}
+Json = dict[str, Any]
+
+
+def read(path: Path) -> Json:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def nodes_of(workflow: Json) -> dict[int, Json]:
+    """The nodes that run, by number."""
+    return {node["id"]: node for node in workflow["nodes"] if node["type"] != "MarkdownNote"}
+
+
+def values_of(node: Json, info: dict[str, Json]) -> dict[str, tuple[Any, Json]]:
+    """{widget: (value, what the server says of it)}; the file has values in the order of the schema."""
+    schema = {}
+    for group in info[node["type"]]["input"].values():
+        schema |= group
+    values, found = iter(node.get("widgets_values") or []), {}
+    for entry in node["inputs"]:
+        if "widget" not in entry:
+            continue
+        name = entry["name"]
+        kind, options = (*schema.get(name, (None,)), {})[:2]
+        found[name] = (next(values), {"kind": kind} | options)
+        if options.get("control_after_generate"):
+            assert next(values) in ("fixed", "randomize")
+    assert list(values) == []
+    return found
+
+
+def links_of(workflow: Json) -> dict[tuple[int, str], list[Any]]:
+    """{(node, input): [node, output]} as the API format has it."""
+    sources = {number: [str(source), slot] for number, source, slot, *_ in workflow["links"]}
+    return {
+        (node["id"], entry["name"]): sources[entry["link"]]
+        for node in nodes_of(workflow).values()
+        for entry in node["inputs"]
+        if entry["link"] is not None
+    }
+
+
+@pytest.fixture(scope="module")
+def graphs() -> ModuleType:
+    """The description that the files are made from."""
+    name = "workflow_graphs"
+    spec = importlib.util.spec_from_file_location(name, PACK / "tools" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def description(graphs: ModuleType, name: str) -> Any:
+    """(workflow, graph) of a file's name."""
+    workflow = next(w for w in graphs.ALL if w.name == name.removeprefix("pony_"))
+    return workflow, workflow.graph(pony=name.startswith("pony_"))
+
+
+@pytest.mark.parametrize("file", TWINS, ids=lambda file: file.stem)
+def test_a_pony_twin_makes_a_film(client: Client, file: Path) -> None:
+    (film,) = client.run(read(file)).files
+    with av.open(str(film)) as opened:
+        video, audio = opened.streams.video[0], opened.streams.audio[0]
+        assert (video.codec_context.name, video.average_rate) == ("h264", 25)
+        assert (audio.codec_context.name, audio.rate, audio.layout.name) == ("aac", 44100, "stereo")
+        length = float(audio.duration * audio.time_base)
+        frames = sum(1 for _ in opened.decode(video))
+    assert frames == FRAMES.get(file.stem, 25)
+    assert length == pytest.approx(frames / 25, abs=1e-3)
+    with av.open(str(film)) as opened:
+        assert sum(frame.samples for frame in opened.decode(audio=0)) >= frames / 25 * 44100
+
+
+def test_every_workflow_has_a_pony_twin(graphs: ModuleType) -> None:
+    names = {workflow.name for workflow in graphs.ALL}
+    assert {file.stem for file in TWINS} == {f"pony_{name}" for name in names}
+    assert {file.stem for file in FILES} == names | {f"pony_{name}" for name in graphs.PONIES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_twin_has_the_nodes_of_its_workflow(file: Path) -> None:
+    name = file.stem if file.stem.startswith("pony_") else f"pony_{file.stem}"
+    twin = Counter(
+        node["class_type"] for node in read(PACK / "tests" / "workflows_api" / f"{name}.json").values()
+    )
+    own = Counter(node["type"] for node in nodes_of(read(file)).values())
+    if name != file.stem:  # where a file is asked for, the twin makes a picture, a sound or a film of them
+        joined = int("LoadVideo" in own)
+        twin["CreateVideo"] -= joined
+        for source in SOURCES:
+            del own[source], twin[source]
+    assert +own == +twin
+
+
+@pytest.mark.parametrize("file", [*FILES, *TWINS], ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_file_is_what_its_description_says(client: Client, graphs: ModuleType, file: Path) -> None:
+    """If this fails: run tools/make_workflows.py."""
+    workflow, graph = description(graphs, file.stem)
+    found, api = read(file), graph.api()
+    if file in TWINS:
+        assert found == api
+        return
+    info, nodes, links = client.object_info(), nodes_of(found), links_of(found)
+    assert {str(number) for number in nodes} == set(api)
+    asked = {
+        (int(number), name): value
+        for number, node in api.items()
+        for name, value in node["inputs"].items()
+        if isinstance(value, list)
+    }
+    assert links == asked
+    for number, node in nodes.items():
+        wanted = api[str(number)]
+        assert node["type"] == wanted["class_type"]
+        values = {name: value for name, (value, _) in values_of(node, info).items()}
+        plain = {k: v for k, v in wanted["inputs"].items() if not isinstance(v, list)}
+        assert {name: values[name] for name in plain} == plain
+    (note,) = (node for node in found["nodes"] if node["type"] == "MarkdownNote")
+    assert note["widgets_values"] == [graphs.note(workflow, graph)]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_node_is_known_and_every_value_is_in_range(
+    client: Client, graphs: ModuleType, file: Path
+) -> None:
+    info = client.object_info()
+    for node in nodes_of(read(file)).values():
+        assert node["type"] in info
+        for name, (value, options) in values_of(node, info).items():
+            where = f"{node['type']}.{name}"
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                assert options.get("min", value) <= value <= options.get("max", value), where
+            elif options["kind"] == "COMBO":
+                known = [*options["options"], *graphs.FILES, "example.png", "voice.wav", "film.mp4"]

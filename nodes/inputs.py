@@ -19,11 +19,12 @@ from ..media import prepare_image, resample_sound
 from ..model.audio_vae import ENCODE_RATE, encode_driving_audio
 from ..model.finite import check_finite
 from ..model.geometry import FPS, FilmShape
-from ..sampler.pipeline import CURE, READ_SECONDS, driving_audio
+from ..sampler.pipeline import READ_SECONDS, driving_audio
 from .vae import AudioVAEObject, VideoVAEObject
 
 log = logging.getLogger(__name__)
 VIDEO_CHANNELS = 48
+CURE = "check the weights, or load them with weight_dtype float32"
 Audio = dict[str, Any]  # the host's AUDIO: waveform (B, C, N) and sample_rate
 
 
@@ -50,18 +51,20 @@ def check_audio_vae(vae: comfy.sd.VAE, socket: str = "audio_vae") -> None:
 
 
 def _describe(vae: Any) -> str:
+    if vae is None:
+        return "nothing"
     channels = getattr(vae, "latent_channels", None)
     return f"a VAE for latents of {channels} channels" if channels else type(vae).__name__
 
 
 def check_sound(audio: Audio, socket: str = "audio") -> None:
-    """Raise ValueError for a sound that is empty or not finite; warn of one that is silent."""
+    """Raise ValueError for a sound that is empty or not finite."""
+    if audio is None:  # what Get Video Components gives for a film without sound
+        raise ValueError(f"{socket}: there is no sound in what is connected; connect a sound")
     waveform = audio["waveform"]
     if waveform.ndim != 3 or 0 in waveform.shape or not waveform.isfinite().all():
         found = "values that are not finite numbers" if waveform.numel() else "no samples"
         raise ValueError(f"{socket}: the sound holds {found}; connect another sound")
-    if not waveform.any():
-        log.warning("%s: the sound is silent throughout", socket)
 
 
 def one_sound(audio: Audio, sample_rate: int, channels: int, socket: str = "audio") -> Tensor:
@@ -87,6 +90,17 @@ def encode_sound(
     return latents.transpose(1, 2).contiguous().to(audio_vae.output_device)
 
 
+def check_pictures(images: Tensor, socket: str) -> None:
+    """Raise ValueError for an IMAGE that is not (F, H, W, 3 or 4) or not finite."""
+    if images.ndim != 4 or images.shape[-1] not in (3, 4) or 0 in images.shape:
+        raise ValueError(
+            f"{socket}: pictures in colour (frames, height, width, 3) are needed, got {tuple(images.shape)}; "
+            "connect another IMAGE"
+        )
+    if not images.isfinite().all():
+        raise ValueError(f"{socket}: it holds values that are not finite numbers; connect another picture")
+
+
 def picture(frame: Tensor) -> Image.Image:
     """One frame (H, W, 3 or 4) of an IMAGE in [0, 1] as a picture."""
     values = (frame[..., :3].cpu().float() * 255).round().clamp(0, 255)
@@ -102,10 +116,11 @@ def fit_frames(images: Tensor, shape: FilmShape) -> Tensor:
 def encode_first_frame(vae: comfy.sd.VAE, image: Tensor, shape: FilmShape) -> Tensor:
     """The raw latent (1, 48, 1, H, W) of the one picture of an IMAGE, at the size of a film."""
     check_video_vae(vae, encodes=True)
-    if image.ndim != 4 or image.shape[0] != 1:
+    if image.ndim == 4 and image.shape[0] != 1:
         raise ValueError(
             f"image: one picture is needed, got a batch of {len(image)}; choose one with Get Image from Batch"
         )
+    check_pictures(image, "image")
     return vae.encode(fit_frames(image, shape))
 
 
@@ -115,6 +130,7 @@ def film_frames(video: Any, images: Tensor | None, audio: Audio | None) -> tuple
         found = "neither" if video is None else "both"
         raise ValueError(f"video, images: exactly one of them is needed, got {found}; connect one")
     if images is not None:
+        check_pictures(images, "images")
         return images, audio
     parts = video.get_components()
     frames, rate = parts.images, Fraction(parts.frame_rate)

@@ -20,7 +20,7 @@ from ..model.geometry import FILM_RATE, FPS, LONG_SECONDS, MAX_SECONDS, MIN_SECO
 from ..model.weight_files import write_tensors
 from ..sampler.noise import FilmNoise
 from ..sampler.pipeline import AUDIO_MODES, film_sound
-from .inputs import Audio, encode_film, encode_first_frame, encode_sound, film_frames, one_sound
+from .inputs import Audio, check_sound, encode_film, encode_first_frame, encode_sound, film_frames, one_sound
 from .latents import film_latent, masks, shape_of, streams
 from .sampler import MAX_SEED
 
@@ -173,11 +173,13 @@ class HappyHorseAudioToFilm(io.ComfyNode):
         cls, latent: Latent, audio_vae: Any, audio: Audio, mode: str, encoding: str, seed: int
     ) -> io.NodeOutput:
         video, _ = streams(latent)
-        if audio is None:  # what Get Video Components hands out for a film without sound
-            raise ValueError(
-                "audio: the connected film has no sound; connect a sound, or leave this node out"
-            )
         shape = shape_of(latent)
+        check_sound(audio)
+        if not audio["waveform"].any():
+            raise ValueError(
+                "audio: the sound is silent throughout; connect a sound, or leave this node out for a film "
+                "whose sound is made"
+            )
         generator = FilmNoise(seed).audio_encoding() if encoding == "sampled" else None
         encoded = encode_sound(audio_vae, audio, shape, generator).expand(len(video), -1, -1)
         video_mask, audio_mask = masks(latent)
@@ -288,6 +290,7 @@ class HappyHorseContinueFilm(io.ComfyNode):
 
 def last_sound(audio: Audio, frames: int, overlap: int) -> Audio:
     """The sound of the last `overlap` of `frames` pictures; silence where it ends before them."""
+    check_sound(audio)
     rate, waveform = audio["sample_rate"], audio["waveform"]
     first, length = round((frames - overlap) / FPS * rate), round(overlap / FPS * rate)
     part = waveform[..., first : first + length]

@@ -197,6 +197,12 @@ class HappyHorseModel(comfy.model_base.BaseModel):
                 f"positive, negative: this model wants text states of width {self.config.text_in_channels}, "
                 f"got {found}; encode the prompt with the CLIP of HappyHorse Load Text Encoder"
             )
+        films = kwargs["latent_shapes"][0][0]
+        if text.shape[0] not in (1, films):
+            raise ValueError(
+                f"positive, negative: {text.shape[0]} prompts for {films} film(s); give one prompt, or as "
+                "many as there are films"
+            )
         PackedLayout.of(*_layout_inputs(kwargs["latent_shapes"], text), self.config.coords_style)
         conds = super().extra_conds(**kwargs)
         conds["c_crossattn"] = comfy.conds.CONDRegular(

@@ -36,11 +36,11 @@ def seed_input() -> io.Int.Input:
 
 def family(model: Any, socket: str = "model") -> HappyHorseModel:
     """The network behind a MODEL; raises ValueError for that of another family."""
-    network = getattr(model, "model", None)
+    network = getattr(model, "model", model)
     if not isinstance(network, HappyHorseModel):
+        found = "nothing" if network is None else type(network).__name__
         raise ValueError(
-            f"{socket}: a HappyHorse transformer is needed, got {type(network).__name__}; "
-            "connect HappyHorse Load Model"
+            f"{socket}: a HappyHorse transformer is needed, got {found}; connect HappyHorse Load Model"
         )
     return network
 

@@ -20,9 +20,10 @@ from ..sampler.conditions import DenoiseFunction, StepCallback
 from ..sampler.dmd2 import sample_dmd2
 from ..sampler.guidance import base_video_scale, guide, super_resolution_video_scale
 from ..sampler.noise import FilmNoise, NoiseFunction
-from ..sampler.pipeline import CURE
 from ..sampler.schedule import FIRST_SIGMA
 from ..sampler.unipc import sample_unipc
+from .inputs import CURE
+from .latents import streams
 from .model import to_core, to_host
 
 SAMPLERS = ("dmd2", "unipc")
@@ -69,6 +70,7 @@ class CoreSampler(comfy.samplers.Sampler):
     ) -> Tensor:
         """Return the clean latents, packed and normalised like `noise` and `latent_image` [B, 1, N]."""
         shapes = model_wrap.inner_model.latent_shapes
+        _check_run(shapes, sigmas)
         conditions = MaskedConditions(denoise_mask, latent_image, shapes)
         start = _unpack(_start(noise, latent_image, sigmas[0].item()), shapes)
         denoise = _denoise_function(model_wrap, extra_args, shapes)
@@ -77,6 +79,20 @@ class CoreSampler(comfy.samplers.Sampler):
             noise_fn = self.noise_source(extra_args.get("seed") or 0)
             return _pack(sample_dmd2(denoise, start, sigmas.cpu(), noise_fn, conditions, told))
         return _pack(sample_unipc(denoise, start, sigmas.cpu(), conditions, told))
+
+
+def _check_run(shapes: list[tuple[int, ...]], sigmas: Tensor) -> None:
+    if len(shapes) != 2:
+        found = " and ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(
+            f"sampler: HappyHorse Sampler Select is for films with sound, got latents {found} of another "
+            "model; choose one with KSamplerSelect"
+        )
+    if not (sigmas[1:] < sigmas[:-1]).all():
+        levels = ", ".join(f"{level:.3g}" for level in sigmas.tolist())
+        raise ValueError(
+            f"sigmas: noise levels must fall from step to step, got {levels}; take those of HappyHorse Sigmas"
+        )
 
 
 def _start(noise: Tensor, latent_image: Tensor, sigma: float) -> Tensor:
@@ -162,6 +178,9 @@ def guider(
     model: Any, positive: list[Any], negative: list[Any] | None, guided: bool
 ) -> comfy.samplers.CFGGuider:
     """The GUIDER of a model: published guidance with a negative prompt, or one pass without."""
+    for socket, prompts in (("positive", positive), ("negative", negative if guided else None)):
+        if prompts is not None:
+            _check_prompts(prompts, socket)
     if not guided:
         result = comfy.samplers.CFGGuider(model)
         result.inner_set_conds({"positive": positive})
@@ -177,6 +196,19 @@ def guider(
     return result
 
 
+def _check_prompts(prompts: list[Any], socket: str) -> None:
+    """Raise ValueError for a CONDITIONING that is empty or only for a part of the picture."""
+    if not prompts:
+        raise ValueError(
+            f"{socket}: there is no prompt in it; encode one with the CLIP of HappyHorse Load Text Encoder"
+        )
+    if any(part in extra for _, extra in prompts for part in ("area", "mask")):
+        raise ValueError(
+            f"{socket}: this conditioning is for an area or mask of the picture, which films do not have; "
+            "connect it without Conditioning (Set Area) or (Set Mask)"
+        )
+
+
 class FilmNoiseObject:
     """The NOISE of a seed, drawn as everywhere in the host; given audio that is a start takes its place."""
 
@@ -185,6 +217,8 @@ class FilmNoiseObject:
 
     def generate_noise(self, input_latent: dict[str, Any]) -> NestedTensor:
         """Return noise in the shapes of a LATENT."""
+        if input_latent.get("start_audio"):
+            streams(input_latent, "latent_image")
         noise = comfy.sample.prepare_noise(
             input_latent["samples"], self.seed, input_latent.get("batch_index")
         )

@@ -127,8 +127,9 @@ def encode(clip: comfy.sd.CLIP, prompt: str, socket: str = "prompt") -> tuple[li
 
     Raises ValueError for a blank prompt and for a CLIP of another family.
     """
-    if clip is None or not isinstance(clip.cond_stage_model, TextEncoderModel):
-        found = "nothing" if clip is None else type(clip.cond_stage_model).__name__
+    model = getattr(clip, "cond_stage_model", clip)
+    if not isinstance(model, TextEncoderModel):
+        found = "nothing" if model is None else type(model).__name__
         raise ValueError(
             f"clip: a T5Gemma encoder is needed, got {found}; connect HappyHorse Load Text Encoder"
         )

@@ -139,12 +139,18 @@ class Graph:
             return self.add(INPUTS, "ImageAddNoise", "with some grain", image=blank, seed=7, strength=0.2)
         return self.add(INPUTS, "LoadImage", "Your picture: the first frame", image="example.png")
 
-    def sound(self) -> "Output":
-        if self.pony:
-            return self.add(
-                INPUTS, "EmptyAudio", "A sound (silence)", duration=1.0, sample_rate=44100, channels=2
-            )
-        return self.add(INPUTS, "LoadAudio", "Your sound: choose a file", audio="voice.wav")
+    def sound(self, model: "Output", positive: "Output", vae: "Output", audio_vae: "Output") -> "Output":
+        if not self.pony:
+            return self.add(INPUTS, "LoadAudio", "Your sound: choose a file", audio="voice.wav")
+        sizes = self.size() | {"seconds": self.seconds, "batch_size": 1}
+        latent = self.add(INPUTS, "HappyHorseEmptyLatent", "A first film", **sizes)
+        rest = {"seed": 7, "steps": 1, "denoise": 1.0}
+        film = self.add(
+            INPUTS, "HappyHorseSampler", "in one step", model=model, positive=positive, latent=latent, **rest
+        )
+        return self.add(
+            INPUTS, "HappyHorseDecode", "for its sound", latent=film, vae=vae, audio_vae=audio_vae
+        ).at(1)
 
     def film(self) -> "Output":
         if not self.pony:
@@ -236,7 +242,8 @@ def image_to_film(g: Graph) -> None:
 
 def audio_to_film(g: Graph) -> None:
     model, clip, vae, audio_vae = g.model("distill"), g.clip(), g.turbo(), g.audio_vae()
-    sound, positive = g.sound(), g.encode(clip)
+    positive = g.encode(clip)
+    sound = g.sound(model, positive, vae, audio_vae)
     latent = _with_sound(g, g.empty(), audio_vae, sound)
     g.save(g.sample(model, positive, latent), vae, audio_vae, latent.at(1))
 
@@ -244,7 +251,8 @@ def audio_to_film(g: Graph) -> None:
 def image_and_audio_to_film(g: Graph) -> None:
     model, clip = g.model("distill"), g.clip()
     encoder, vae, audio_vae = g.wan("Video VAE: encodes"), g.turbo("Video VAE: decodes"), g.audio_vae()
-    picture, sound, positive = g.picture(), g.sound(), g.encode(clip)
+    picture, positive = g.picture(), g.encode(clip)
+    sound = g.sound(model, positive, vae, audio_vae)
     latent = g.add(LATENT, "HappyHorseImageToFilm", latent=g.empty(), vae=encoder, image=picture)
     latent = _with_sound(g, latent, audio_vae, sound)
     g.save(g.sample(model, positive, latent), vae, audio_vae, latent.at(1))
@@ -474,7 +482,7 @@ WEIGHTS = (
 PONY_NOTE = (
     "## Needs no file\nThe *pony* is a miniature of all networks that comes with these nodes. Its weights "
     "are **random: the film is noise**, in picture and sound. It shows that everything works, from the "
-    "prompt to the file. Where a picture or a sound is needed, stock nodes make a plain one.\n\nFor real "
+    "prompt to the file. Where a picture or a sound is needed, other nodes make one.\n\nFor real "
     "films open **{real}**."
 )
 LICENCES = "The Gemma and Stability licences are not open-source licences: read them before commercial use."

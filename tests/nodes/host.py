@@ -257,7 +257,7 @@ class Client:
 
     def free(self) -> None:
         """Unload all models and forget cached results."""
-        self.send("/free", {"unload_models": True, "free_memory": True})
+        self.send("/free", {"free_memory": True})  # implies the other; the host may miss one of two
 
     def upload(self, file: Path) -> str:
         """Put an image, a sound or a film into the input folder and return its name for a Load node."""

@@ -109,8 +109,9 @@ def test_a_twin_has_the_nodes_of_its_workflow(file: Path) -> None:
     )
     own = Counter(node["type"] for node in nodes_of(read(file)).values())
     if name != file.stem:  # where a file is asked for, the twin makes a picture, a sound or a film of them
-        joined = int("LoadVideo" in own)
-        twin["CreateVideo"] -= joined
+        twin["CreateVideo"] -= own["LoadVideo"]
+        for source in ("HappyHorseEmptyLatent", "HappyHorseSampler", "HappyHorseDecode"):
+            twin[source] -= own["LoadAudio"]
         for source in SOURCES:
             del own[source], twin[source]
     assert +own == +twin
@@ -156,3 +157,88 @@ def test_every_node_is_known_and_every_value_is_in_range(
                 assert options.get("min", value) <= value <= options.get("max", value), where
             elif options["kind"] == "COMBO":
                 known = [*options["options"], *graphs.FILES, "example.png", "voice.wav", "film.mp4"]
+                assert value in known, where
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_node_names_its_pack(client: Client, file: Path) -> None:
+    nodes = nodes_of(read(file)).values()
+    versions = {
+        "comfyui-happyhorse": __version__,
+        "comfy-core": client.get_json("/system_stats")["system"]["comfyui_version"],
+    }
+    models = {}
+    for node in nodes:
+        properties = node["properties"]
+        pack = "comfyui-happyhorse" if node["type"].startswith("HappyHorse") else "comfy-core"
+        assert (properties["cnr_id"], properties["ver"]) == (pack, versions[pack])
+        assert properties["Node name for S&R"] == node["type"]
+        for model in properties.get("models", []):
+            assert model["name"] in node["widgets_values"]
+            assert model["url"].startswith("https://huggingface.co/")
+            models[model["name"]] = model["directory"]
+    wan = any("Wan2.2_VAE.pth" in (node.get("widgets_values") or []) for node in nodes)
+    assert models == ({"Wan2.2_VAE.pth": "vae"} if wan else {})  # the other choices are folders
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_note_names_files_folders_and_sources(graphs: ModuleType, file: Path) -> None:
+    (note,) = (node for node in read(file)["nodes"] if node["type"] == "MarkdownNote")
+    (text,) = note["widgets_values"]
+    assert "daVinci-MagiHuman" in text
+    assert "HappyHorse's own weights are not public" in text
+    for choice in graphs.choices(description(graphs, file.stem)[1]):
+        if choice.startswith("pony"):
+            assert "random" in text
+            continue
+        known = graphs.FILES[choice]
+        repository = graphs.SOURCES[known.part].origin.split(" ")[0].rstrip(",")
+        assert f"`models/{known.folder}`" in text
+        assert known.licence in text
+        assert f"https://huggingface.co/{repository}" in text
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_nothing_overlaps_and_every_node_stands_in_a_group(file: Path) -> None:
+    workflow = read(file)
+    boxes = {node["id"]: (*node["pos"], *node["size"]) for node in workflow["nodes"]}
+    for one, (x, y, width, height) in boxes.items():
+        for other, (x2, y2, width2, height2) in boxes.items():
+            apart = x + width <= x2 or x2 + width2 <= x or y + height <= y2 - 30 or y2 + height2 <= y - 30
+            assert one == other or apart, (one, other)
+    for node in nodes_of(workflow).values():
+        x, y, width, height = boxes[node["id"]]
+        inside = [
+            group["title"]
+            for group in workflow["groups"]
+            for left, top, across, down in [group["bounding"]]
+            if left < x and x + width < left + across and top < y - 30 and y + height < top + down
+        ]
+        assert len(inside) == 1, node["type"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_workflow_has_a_small_picture(file: Path) -> None:
+    picture = file.with_suffix(".jpg")
+    assert picture.stat().st_size < 60_000
+    with Image.open(picture) as opened:
+        assert (opened.format, opened.width) == ("JPEG", 512)
+
+
+def test_there_is_one_folder_of_templates_and_the_server_lists_it(client: Client) -> None:
+    assert [entry.name for entry in PACK.iterdir() if entry.name in TEMPLATES] == [FOLDER.name]
+    assert {entry.suffix for entry in FOLDER.iterdir()} == {".json", ".jpg"}
+    (names,) = (found for found in client.get_json("/workflow_templates").values() if "text_to_film" in found)
+    assert set(names) == {file.stem for file in FILES}
+
+
+def test_the_prompts_draw_no_warning(graphs: ModuleType) -> None:
+    for workflow in graphs.ALL:
+        words = workflow.words
+        assert warnings_for(words.body, parse_dialogue(words.dialogue), words.background_sound) == []
+
+
+def test_the_published_archive_leaves_out_what_only_developers_need() -> None:
+    ignored = set((PACK / ".comfyignore").read_text(encoding="utf-8").splitlines())
+    assert {"tests/", "tools/", "benchmarks/"} <= ignored
+    assert not {"workflows/", "nodes/", "model/", "sampler/", "kernels/", "web/", "locales/"} & ignored

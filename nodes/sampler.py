@@ -74,13 +74,21 @@ def run(
     latent: dict[str, Any],
     noise: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Sample with the host's progress and previews; returns the raw latents of both streams."""
+    """Sample with the host's progress and previews; returns the raw latents of both streams.
+
+    What the noise mask keeps whole comes back as it was given, to the last bit.
+    """
     with film_callback(guide.model_patcher, len(sigmas) - 1) as callback:
         samples = guide.sample(
             noise.generate_noise(latent), latent["samples"], sampler, sigmas,
             denoise_mask=latent.get("noise_mask"), callback=callback, disable_pbar=False, seed=noise.seed,
         )  # fmt: skip
-    return tuple(samples.to(comfy.model_management.intermediate_device()).unbind())
+    made = samples.to(comfy.model_management.intermediate_device()).unbind()
+    given = latent["samples"].unbind()
+    return tuple(
+        torch.where(mask.to(new.device) == 0, old.to(new), new)
+        for new, old, mask in zip(made, given, masks(latent), strict=True)
+    )
 
 
 def hold_start_audio(latent: dict[str, Any]) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def _sample(
             network_of(transformer, run_block), start, text, negative=negative, few_step=recipe.few_step,
             steps=steps, noise_fn=noise.step, conditions=Conditions(frame, held),
             callback=_step_callback("sampling", steps, progress),
-        ))  # fmt: skip
+        ), frame)  # fmt: skip
 
 
 def _enlarge(
@@ -242,14 +242,16 @@ def _enlarge(
             network_of(transformer, run_block), base, noise.super_resolution(_empty(parts, shape)), text,
             negative=None, steps=steps, first_frame=frame,
             callback=_step_callback("super-resolution", steps, progress),
-        ))  # fmt: skip
+        ), frame)  # fmt: skip
 
 
-def _kept(latents: Latents) -> Latents:
-    """Latents as ComfyUI keeps them between nodes, raw, and normalised again: the roundings of both make the
-    film of a graph and that of the command line equal to the last bit.
+def _kept(latents: Latents, frame: Tensor | None) -> Latents:
+    """Latents as ComfyUI keeps them between nodes, raw, and normalised again, but for a given first frame.
+
+    With the roundings of both, the film of a graph and that of the command line are equal to the last bit.
     """
-    return latents._replace(video=normalize_latents(denormalize_latents(latents.video)))
+    video = normalize_latents(denormalize_latents(latents.video))
+    return Conditions(frame).apply(latents._replace(video=video))
 
 
 def _step_callback(stage: str, steps: int, progress: Progress) -> StepCallback:

@@ -25,6 +25,7 @@ from workflow_graphs import (
     CHOICE_INPUTS,
     COLUMNS,
     FILES,
+    FIRST,
     INPUTS,
     JOIN_PICTURES,
     JOIN_SOUNDS,
@@ -59,8 +60,9 @@ HEIGHTS = {
     "BatchImagesNode": 110,
 }  # fmt: skip
 COLORS = {
-    MODELS: "#5b9bd5", INPUTS: "#d9a441", PROMPT: "#6abf7b", LATENT: "#b58ae0", SAMPLE: "#e07a94",
-    LARGER: "#e07a94", BOTH: "#6fb7c9", JOIN_PICTURES: "#6fb7c9", JOIN_SOUNDS: "#6fb7c9", SAVE: "#a9adb8",
+    MODELS: "#5b9bd5", INPUTS: "#d9a441", PROMPT: "#6abf7b", FIRST: "#d9a441",
+    LATENT: "#b58ae0", SAMPLE: "#e07a94", LARGER: "#e07a94",
+    BOTH: "#6fb7c9", JOIN_PICTURES: "#6fb7c9", JOIN_SOUNDS: "#6fb7c9", SAVE: "#a9adb8",
 }  # fmt: skip
 NOTE_WIDTH = 460
 

@@ -143,14 +143,14 @@ class Graph:
         if not self.pony:
             return self.add(INPUTS, "LoadAudio", "Your sound: choose a file", audio="voice.wav")
         sizes = self.size() | {"seconds": self.seconds, "batch_size": 1}
-        latent = self.add(INPUTS, "HappyHorseEmptyLatent", "A first film", **sizes)
+        latent = self.add(FIRST, "HappyHorseEmptyLatent", "Size and length", **sizes)
         rest = {"seed": 7, "steps": 1, "denoise": 1.0}
         film = self.add(
-            INPUTS, "HappyHorseSampler", "in one step", model=model, positive=positive, latent=latent, **rest
+            FIRST, "HappyHorseSampler", "One step", model=model, positive=positive, latent=latent, **rest
         )
-        return self.add(
-            INPUTS, "HappyHorseDecode", "for its sound", latent=film, vae=vae, audio_vae=audio_vae
-        ).at(1)
+        return self.add(FIRST, "HappyHorseDecode", "Its sound", latent=film, vae=vae, audio_vae=audio_vae).at(
+            1
+        )
 
     def film(self) -> "Output":
         if not self.pony:
@@ -218,10 +218,12 @@ class Output:
 
 MODELS, INPUTS, PROMPT = "Models", "What you bring", "Prompt"
 LATENT, SAMPLE, LARGER = "The film's start", "Sample", "Super-resolution"
+FIRST = "A first film, for its sound"
 BOTH, JOIN_PICTURES, JOIN_SOUNDS = "Both films", "Join the pictures", "Join the sounds"
 SAVE = "Decode and save"
 COLUMNS = (
-    (MODELS, INPUTS), (PROMPT,), (LATENT, SAMPLE, LARGER), (BOTH,), (JOIN_PICTURES, JOIN_SOUNDS), (SAVE,)
+    (MODELS, INPUTS), (PROMPT,), (FIRST,), (LATENT, SAMPLE, LARGER),
+    (BOTH,), (JOIN_PICTURES, JOIN_SOUNDS), (SAVE,)
 )  # fmt: skip
 
 # The graphs

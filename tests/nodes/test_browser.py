@@ -9,7 +9,7 @@ from pathlib import Path
 
 import av
 import pytest
-from host import PACK, Client, Server
+from host import PACK, Client, Server, serve
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
@@ -22,6 +22,13 @@ HOST_ERRORS = {
     r"huggingface\.co": "under --disable-api-nodes the host forbids its page to look a workflow's models up",
     r"^ComfyApp graph accessed before initialization": "the page's own scripts are in each other's way",
 }
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for the pages alone: what other tests leave in its history (NaN) would be complained about."""
+    with serve(tmp_path_factory.mktemp("pages")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,9 @@ def film_prompt(
             height=request.large.height, steps=0, vae=image and parts["video_vae"], image=image,
         )  # fmt: skip
     video = _decode(graph, options, parts, latent, sound)
-    graph.add("SaveVideo", video=video, filename_prefix=options.out.stem, format="auto", codec="auto")
+    graph.add(
+        "SaveVideo", video=video, filename_prefix=options.out.stem, format="auto", **{"format.codec": "auto"}
+    )
     return graph.nodes
 
 

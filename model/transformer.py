@@ -26,9 +26,14 @@ from .packing import Latents, PackedLayout, patchify, unpatchify
 from .rope import apply_rope, rope_bands, rope_table
 from .run_block import RunBlock, run_in_place
 
-MLP_TOKENS = (
-    1024  # tokens per piece of a feed-forward: its inner activations are the largest tensors there are
-)
+# A feed-forward runs in pieces, as its inner activations are the largest tensors there are: of at least so
+# many tokens, and not in more pieces than that, as a host may fetch its weights anew for each.
+MLP_TOKENS, MLP_PIECES = 1024, 8
+
+
+def piece_tokens(tokens: int) -> int:
+    """Tokens of one piece of a feed-forward over `tokens`."""
+    return max(MLP_TOKENS, -(-tokens // MLP_PIECES))
 
 
 class JointTransformer(nn.Module):
@@ -119,9 +124,8 @@ class TransformerLayer(nn.Module):
         self.mlp = MLP(config, index, operations, compute_dtype)
 
     def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout, attend: AttentionFunction) -> Tensor:
-        x = x + self.attention(
-            x, rope, layout, attend
-        )  # the norm in front sits inside, as in the published weights
+        # the norms in front sit inside, as in the published weights
+        x = x + self.attention(x, rope, layout, attend)
         return x + self.mlp(x, layout)
 
 
@@ -181,9 +185,10 @@ class MLP(nn.Module):
         self.down_proj = operations.ModalityLinear(inner, width, modalities)
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        size = piece_tokens(x.shape[1])
         pieces = [
-            self.piece(x[:, start : start + MLP_TOKENS], _clip(layout.spans, start, start + MLP_TOKENS))
-            for start in range(0, x.shape[1], MLP_TOKENS)
+            self.piece(x[:, start : start + size], _clip(layout.spans, start, start + size))
+            for start in range(0, x.shape[1], size)
         ]
         return torch.cat(pieces, dim=1)
 

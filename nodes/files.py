@@ -105,7 +105,8 @@ def fingerprint(part: str, choice: str) -> str:
     path = _locate(part, choice)
     if path is None:
         return "missing"
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    # beside a single file, its configuration or tokenizer
+    files = sorted(path.iterdir()) if path.is_dir() else [path, *sorted(path.parent.glob("*.json"))]
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
     return f"{path} " + " ".join(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
 

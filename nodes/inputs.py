@@ -85,7 +85,8 @@ def encode_sound(
     needed = audio_vae.memory_used_encode((1, 2, waveform.shape[1]), audio_vae.vae_dtype)
     comfy.model_management.load_models_gpu([audio_vae.patcher], memory_required=needed, force_full_load=True)
     module = audio_vae.first_stage_model
-    latents = encode_driving_audio(module, waveform.to(audio_vae.device), generator=generator)
+    with comfy.model_management.cuda_device_context(audio_vae.device):
+        latents = encode_driving_audio(module, waveform.to(audio_vae.device), generator=generator)
     check_finite({"audio": latents}, "encoding the audio", CURE)
     return latents.transpose(1, 2).contiguous().to(audio_vae.output_device)
 

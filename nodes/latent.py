@@ -21,7 +21,7 @@ from ..model.weight_files import write_tensors
 from ..sampler.noise import FilmNoise
 from ..sampler.pipeline import AUDIO_MODES, film_sound
 from .inputs import Audio, check_sound, encode_film, encode_first_frame, encode_sound, film_frames, one_sound
-from .latents import film_latent, masks, shape_of, streams
+from .latents import film_latent, masks, shape_of, start_audio, streams
 from .sampler import MAX_SEED
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,9 @@ class HappyHorseAudioToFilm(io.ComfyNode):
         video_mask, audio_mask = masks(latent)
         audio_mask = torch.full_like(audio_mask, float(mode == "start"))
         result = (
-            latent | film_latent(video, encoded, video_mask, audio_mask) | {"start_audio": mode == "start"}
+            latent
+            | film_latent(video, encoded, video_mask, audio_mask)
+            | {"start_audio": encoded if mode == "start" else None}
         )
         sound = film_sound(one_sound(audio, FILM_RATE, 2), shape)
         return io.NodeOutput(result, {"waveform": sound[None], "sample_rate": FILM_RATE})
@@ -326,7 +328,7 @@ class HappyHorseSaveLatent(io.ComfyNode):
         tensors = {"video": video, "audio": audio}
         if latent.get("noise_mask") is not None:
             tensors |= dict(zip(("video_mask", "audio_mask"), masks(latent), strict=True))
-        extra = {"start_audio": bool(latent.get("start_audio"))}
+        extra = {"start_audio": start_audio(latent) is not None}
         folder, name, counter, subfolder = _next_file(filename_prefix)
         file = f"{name}_{counter:05}_{SUFFIX}"
         plain = {key: tensor.float().cpu() for key, tensor in tensors.items()}
@@ -412,7 +414,9 @@ def read_latent(path: Path) -> Latent:
         if "video_mask" in tensors:
             latent["noise_mask"] = NestedTensor([tensors["video_mask"], tensors["audio_mask"]])
         streams(latent)
-        return latent | {k: v for k, v in json.loads(metadata["extra"]).items() if v}
+        if json.loads(metadata["extra"])["start_audio"]:
+            latent["start_audio"] = latent["samples"].unbind()[1]
+        return latent
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"latent: {path.name} is not a film's latent ({error}); choose one of HappyHorse Save Latent"

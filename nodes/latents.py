@@ -88,6 +88,12 @@ def masks(latent: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return tuple([*fitted, *(torch.ones_like(stream[:, :1]) for stream in both[len(fitted) :])])
 
 
+def start_audio(latent: dict[str, Any]) -> Tensor | None:
+    """The sound that a LATENT gives as a start, as long as it holds just that sound."""
+    given = latent.get("start_audio")
+    return given if given is not None and given is latent["samples"].unbind()[-1] else None
+
+
 def shape_of(latent: dict[str, Any], socket: str = "latent") -> FilmShape:
     """The size of the film of a LATENT."""
     video, audio = streams(latent, socket)

@@ -112,7 +112,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None, options
 def _host_attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     return comfy.ldm.modules.attention.optimized_attention(
         q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, enable_gqa=q.shape[1] != k.shape[1],
-        transformer_options=options,
+        low_precision_attention=q.dtype != torch.float32, transformer_options=options,
     )  # fmt: skip
 
 

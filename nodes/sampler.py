@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..sampler.schedule import SHIFT, flow_sigmas
 from ..sampler.stages import RECIPES, Recipe
-from .latents import film_latent, masks, streams
+from .latents import film_latent, masks, start_audio, streams
 from .model import HappyHorseModel
 from .preview import film_callback
 from .sampling import SAMPLERS, CoreSampler, FilmNoiseObject, guider
 
 CATEGORY = "HappyHorse/sample"
-MAX_SEED = 0xFFFFFFFFFFFFFFFF - 2  # the draws of a film take seeds up to two above its own
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
 MAX_STEPS = 1000
 DENOISE = (
     "Share of the schedule that is run, from 0 to 1. 1 makes a film from noise; below 1 the film given as "
@@ -30,7 +30,7 @@ def seed_input() -> io.Int.Input:
     """The seed widget, the same in all nodes."""
     return io.Int.Input(
         "seed", default=42, min=0, max=MAX_SEED, control_after_generate=True,
-        tooltip="Same seed, same film, here and on the command line, on every device.",
+        tooltip="Same seed, same noise on every device; same film here and on the command line.",
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def run(
 
 def hold_start_audio(latent: dict[str, Any]) -> dict[str, Any]:
     """A given start of the sound as a held sound: what the model with guidance makes of either."""
-    if not latent.get("start_audio"):
+    if start_audio(latent) is None:
         return latent
     video, audio = streams(latent)
     video_mask, audio_mask = masks(latent)
@@ -138,7 +138,8 @@ class HappyHorseSampler(io.ComfyNode):
         guide = guider(model, positive, negative, recipe.guided)
         sigmas = partial_sigmas(steps or recipe.steps, SHIFT, denoise)
         video, audio = run(guide, sampler, sigmas, latent, FilmNoiseObject(seed))
-        return io.NodeOutput(film_latent(video, audio))
+        kept = {key: latent[key] for key in ("batch_index",) if key in latent}
+        return io.NodeOutput(film_latent(video, audio) | kept)
 
 
 class HappyHorseSigmas(io.ComfyNode):

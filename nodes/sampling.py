@@ -18,15 +18,16 @@ from ..model.finite import check_finite
 from ..model.packing import Latents
 from ..sampler.conditions import DenoiseFunction, StepCallback
 from ..sampler.dmd2 import sample_dmd2
-from ..sampler.guidance import base_video_scale, guide, super_resolution_video_scale
+from ..sampler.guidance import HIGH_NOISE_VIDEO_SCALE, base_video_scale, guide, super_resolution_video_scale
 from ..sampler.noise import FilmNoise, NoiseFunction
 from ..sampler.schedule import FIRST_SIGMA
 from ..sampler.unipc import sample_unipc
 from .inputs import CURE
-from .latents import streams
+from .latents import start_audio, streams
 from .model import to_core, to_host
 
 SAMPLERS = ("dmd2", "unipc")
+HIGHEST_LEVEL = 0.9998  # of UniPC, as published; stock schedules begin at 1, which has no logarithm
 NoiseSource = Callable[[int], NoiseFunction]  # seed -> what draws the noise of the steps
 
 
@@ -36,17 +37,20 @@ def step_noise(seed: int) -> NoiseFunction:
 
 
 class MaskedConditions:
-    """What a noise mask holds: `clean` latents where `mask` is 0; both packed [B, 1, N]."""
+    """What a noise mask holds: `clean` latents where `mask` is 0; both packed [B, 1, N].
+
+    Where it is between 0 and 1 the host blends what goes into the network and what comes out of it.
+    """
 
     def __init__(self, mask: Tensor | None, clean: Tensor, shapes: list[tuple[int, ...]]) -> None:
-        self.mask = None if mask is None else _unpack(mask.expand_as(clean), shapes)
+        self.held = None if mask is None else _unpack(mask.expand_as(clean) == 0, shapes)
         self.clean = None if mask is None else _unpack(clean, shapes)
 
     def apply(self, latents: Latents) -> Latents:
         """Return `latents` with the held parts put in."""
-        if self.mask is None:
+        if self.held is None:
             return latents
-        return latents.map(lambda x, mask, clean: x * mask + clean * (1 - mask), self.mask, self.clean)
+        return latents.map(lambda x, held, clean: torch.where(held, clean, x), self.held, self.clean)
 
 
 class CoreSampler(comfy.samplers.Sampler):
@@ -73,12 +77,19 @@ class CoreSampler(comfy.samplers.Sampler):
         _check_run(shapes, sigmas)
         conditions = MaskedConditions(denoise_mask, latent_image, shapes)
         start = _unpack(_start(noise, latent_image, sigmas[0].item()), shapes)
-        denoise = _denoise_function(model_wrap, extra_args, shapes)
+        predict = _masked(model_wrap, sigmas, extra_args, latent_image, denoise_mask)
+        denoise = _denoise_function(predict, shapes)
         told = _step_callback(callback, self.stage, len(sigmas) - 1)
+        levels = sigmas.cpu()
         if self.name == "dmd2":
             noise_fn = self.noise_source(extra_args.get("seed") or 0)
-            return _pack(sample_dmd2(denoise, start, sigmas.cpu(), noise_fn, conditions, told))
-        return _pack(sample_unipc(denoise, start, sigmas.cpu(), conditions, told))
+            result = sample_dmd2(denoise, start, levels, noise_fn, conditions, told)
+        else:
+            result = sample_unipc(denoise, start, levels.clamp(max=HIGHEST_LEVEL), conditions, told)
+        last = levels[-1].item()
+        if last > 0:  # a part of a schedule: the sampler of the next part multiplies by 1 - sigma again
+            result = conditions.apply(result.map(lambda x: x / (1 - last)))
+        return _pack(result)
 
 
 def _check_run(shapes: list[tuple[int, ...]], sigmas: Tensor) -> None:
@@ -110,14 +121,35 @@ def _pack(latents: Latents) -> Tensor:
     return comfy.utils.pack_latents(to_host(latents))[0]
 
 
-def _denoise_function(
-    model: comfy.samplers.CFGGuider, extra_args: dict[str, Any], shapes: list[tuple[int, ...]]
-) -> DenoiseFunction:
+def _masked(
+    model: comfy.samplers.CFGGuider,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    clean: Tensor,
+    mask: Tensor | None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The guided prediction of packed latents, with the mask as the host's samplers take it."""
     options = {key: extra_args[key] for key in ("model_options", "seed")}
+    mask_at = options["model_options"].get("denoise_mask_function")
 
+    def predict(x: Tensor, sigma: Tensor) -> Tensor:
+        if mask is None:
+            return model(x, sigma, **options)
+        at = mask
+        if mask_at is not None:
+            at = mask_at(sigma, mask, extra_options={"model": model, "sigmas": sigmas})
+        x = x * at + clean * (1 - at)
+        return model(x, sigma, **options) * at + clean * (1 - at)
+
+    return predict
+
+
+def _denoise_function(
+    predict: Callable[[Tensor, Tensor], Tensor], shapes: list[tuple[int, ...]]
+) -> DenoiseFunction:
     def denoise(latents: Latents, sigma: float) -> Latents:
         x = _pack(latents)
-        return _unpack(model(x, torch.full((x.shape[0],), sigma, device=x.device), **options), shapes)
+        return _unpack(predict(x, torch.full((x.shape[0],), sigma, device=x.device)), shapes)
 
     return denoise
 
@@ -147,11 +179,14 @@ class PublishedGuider(comfy.samplers.CFGGuider):
         del seed
         options = model_options or {}
         conds = [self.conds["positive"], self.conds["negative"]]
-        results = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
         told = {
             "conds": conds, "cond_scale": self.cfg, "timestep": timestep, "sigma": timestep, "input": x,
             "model": self.inner_model, "model_options": options,
         }  # fmt: skip
+        if "sampler_calc_cond_batch_function" in options:
+            results = options["sampler_calc_cond_batch_function"](told)
+        else:
+            results = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
         for patch in options.get("sampler_pre_cfg_function", []):
             results = patch({**told, "conds_out": results})
         if "sampler_cfg_function" in options:  # another node's guidance takes the place of the published one
@@ -193,6 +228,7 @@ def guider(
         )
     result = PublishedGuider(model)
     result.set_conds(positive, negative)
+    result.set_cfg(HIGH_NOISE_VIDEO_SCALE)  # for nodes that bring a rule of their own
     return result
 
 
@@ -217,13 +253,13 @@ class FilmNoiseObject:
 
     def generate_noise(self, input_latent: dict[str, Any]) -> NestedTensor:
         """Return noise in the shapes of a LATENT."""
-        if input_latent.get("start_audio"):
+        if (start := start_audio(input_latent)) is not None:
             streams(input_latent, "latent_image")
         noise = comfy.sample.prepare_noise(
             input_latent["samples"], self.seed, input_latent.get("batch_index")
         )
-        if input_latent.get("start_audio"):
-            noise = NestedTensor([noise.unbind()[0], input_latent["samples"].unbind()[1].float().cpu()])
+        if start is not None:
+            noise = NestedTensor([noise.unbind()[0], start.float().cpu()])
         return noise
 
 

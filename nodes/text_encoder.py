@@ -73,7 +73,8 @@ class TextEncoderModel(nn.Module):
     def encode_token_weights(self, tokens: dict[str, list[Any]]) -> tuple[Tensor, None]:
         """Return text states [1, n, C] and no pooled output."""
         ids = [pair[0] for pair in tokens[NAME][0]]
-        return encode_tokens(self.transformer, ids, self._device), None
+        states = encode_tokens(self.transformer, ids, self._device)
+        return states.to(comfy.model_management.intermediate_device()), None
 
     def load_sd(self, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
         """Take the tensors of the encoder, by its own names."""

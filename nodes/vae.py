@@ -288,6 +288,10 @@ class AudioVAEObject(CheckedVAE):
         check_finite({"sound": sound}, "decoding the sound", "check the weights")
         return sound.movedim(1, -1)
 
+    def vae_output_dtype(self) -> torch.dtype:
+        """Always float32: the resampling works in it, and sound of 11 bits would be heard."""
+        return torch.float32
+
     def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
         """The same as `decode`."""
         return self.decode(samples)

@@ -36,7 +36,7 @@ class FilmNoise:
         self._steps = self._generator(STEP_SEED_OFFSET)
 
     def _generator(self, offset: int) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(self.seed + offset)
+        return torch.Generator("cpu").manual_seed((self.seed + offset) % 2**64)
 
     def initial(self, like: Latents) -> Latents:
         """The noise a film starts from."""

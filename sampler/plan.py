@@ -23,7 +23,7 @@ from ..model.config import (
 )
 from ..model.geometry import FilmShape
 from ..model.prompt import TEXT_LIMIT
-from ..model.transformer import MLP_TOKENS
+from ..model.transformer import piece_tokens
 from ..model.video_decoder import piece_frames
 from .parts import STREAMED_PARTS, part_dtype
 from .placement import OFFLOADS
@@ -200,7 +200,7 @@ def transformer_activations(
     inner = max(
         config.inner_width(i) * (16 if i in config.gelu7_layers else 24) for i in range(config.num_layers)
     )
-    mlp = tokens * (2 * 4 + size) * width + min(tokens, MLP_TOKENS) * inner
+    mlp = tokens * (2 * 4 + size) * width + min(tokens, piece_tokens(tokens)) * inner
     return max(tokens * (stream + heads + max(attended, gated)), mlp)
 
 

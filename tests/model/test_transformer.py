@@ -131,9 +131,9 @@ def test_the_feed_forward_in_pieces_is_the_whole(
     layers = golden.network(torch.float32).block.layers
     sequence = golden.layout.spans[-1][1]
     x = torch.randn(2, sequence, golden.config.hidden_size, generator=generator)
-    monkeypatch.setattr(transformer, "MLP_TOKENS", sequence)
+    monkeypatch.setattr(transformer, "piece_tokens", lambda total: total)
     whole = [layer.mlp(x, golden.layout) for layer in layers]
-    monkeypatch.setattr(transformer, "MLP_TOKENS", tokens)
+    monkeypatch.setattr(transformer, "piece_tokens", lambda total: tokens)  # noqa: ARG005
     for layer, want in zip(layers, whole, strict=True):
         assert relative_error(layer.mlp(x, golden.layout), want) < 1e-6
 

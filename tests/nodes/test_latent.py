@@ -38,7 +38,7 @@ from happyhorse.nodes.latent import (
     HappyHorseLoadLatent,
     HappyHorseSaveLatent,
 )
-from happyhorse.nodes.latents import masks, shape_of, streams
+from happyhorse.nodes.latents import masks, shape_of, start_audio, streams
 from happyhorse.nodes.vae import load_audio_vae, load_video_vae
 from happyhorse.sampler.noise import FilmNoise
 from happyhorse.sampler.pipeline import driving_audio, film_sound
@@ -245,7 +245,7 @@ def test_sound_is_the_command_lines(
     generator = FilmNoise(7).audio_encoding() if sampled else None
     wanted = encode_driving_audio(core(pony_folder, "audio_vae"), given, generator=generator)
     torch.testing.assert_close(streams(made)[1], wanted.transpose(1, 2), atol=1e-3, rtol=0)
-    assert not masks(made)[1].any() and masks(made)[0].all() and not made.get("start_audio")
+    assert not masks(made)[1].any() and masks(made)[0].all() and start_audio(made) is None
     assert sound["sample_rate"] == 44100 and sound["waveform"].shape == (1, 2, round(shape.seconds * 44100))
     film = film_sound(read_audio(file, 44100, 2, 31), shape)
     torch.testing.assert_close(sound["waveform"][0], film, atol=1e-3, rtol=0)
@@ -254,10 +254,10 @@ def test_sound_is_the_command_lines(
 def test_sound_as_a_start_is_not_masked(vaes: dict[str, Any]) -> None:
     held = HappyHorseAudioToFilm.execute(empty(), vaes["audio_vae"], tone(1), "hold", "mean", 0).result[0]
     start = HappyHorseAudioToFilm.execute(held, vaes["audio_vae"], tone(1), "start", "mean", 0).result[0]
-    assert start["start_audio"] is True and masks(start)[1].all()
+    assert start_audio(start) is streams(start)[1] and masks(start)[1].all()
     assert torch.equal(streams(start)[1], streams(held)[1])
     again = HappyHorseAudioToFilm.execute(start, vaes["audio_vae"], tone(1), "hold", "mean", 0).result[0]
-    assert not again["start_audio"] and not masks(again)[1].any()
+    assert start_audio(again) is None and not masks(again)[1].any()
 
 
 def test_sound_that_does_not_fit_is_mentioned(vaes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -427,7 +427,7 @@ def test_a_saved_latent_comes_back(batch: int, both: dict[str, Any]) -> None:
     latent, _ = HappyHorseAudioToFilm.execute(latent, both["audio_vae"], tone(1), "start", "mean", 0).result
     found = HappyHorseLoadLatent.execute(saved(latent)).result[0]
     assert all(map(torch.equal, (*streams(found), *masks(found)), (*streams(latent), *masks(latent))))
-    assert found["start_audio"] is True
+    assert start_audio(found) is streams(found)[1]
 
 
 def test_saved_files_are_numbered_listed_and_hold_raw_streams(folders: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import comfy.samplers
 import pytest
 import torch
 from comfy.nested_tensor import NestedTensor
@@ -204,9 +205,11 @@ def test_the_noise_of_a_seed_is_the_hosts(model) -> None:
     noise = HappyHorseNoise.execute(SEED)[0].generate_noise(empty())
     video = torch.randn(1, 48, 3, 4, 6, generator=torch.Generator().manual_seed(SEED))
     assert torch.equal(noise.unbind()[0], video)
-    start = empty() | {"start_audio": True}
-    start["samples"].unbind()[1][:] = 3
+    start = empty()
+    start["start_audio"] = start["samples"].unbind()[1].fill_(3)
     assert (HappyHorseNoise.execute(SEED)[0].generate_noise(start).unbind()[1] == 3).all()
+    finished = start | {"samples": NestedTensor([stream + 1 for stream in start["samples"].unbind()])}
+    assert (HappyHorseNoise.execute(SEED)[0].generate_noise(finished).unbind()[1] != 4).all()
 
 
 def test_the_base_model_is_guided_and_needs_a_negative_prompt(pony_folder: Path, prompt: list) -> None:
@@ -230,3 +233,83 @@ def test_denoise_below_one_changes_a_film_by_so_much(model, prompt: list) -> Non
             for share in (0.05, 1.0)
         )
     assert 0 < difference(little, film) < difference(much, film)
+
+
+def split(sampler, sigmas, model, prompt: list, latent: dict) -> NestedTensor:
+    """One film in two runs, as with SplitSigmas."""
+    first, second = sigmas[:3], sigmas[2:]
+    with torch.inference_mode():
+        half = SamplerCustom.execute(model, True, SEED, 1.0, prompt, prompt, sampler, first, latent)[0]
+        whole = SamplerCustom.execute(model, False, SEED, 1.0, prompt, prompt, sampler, second, half)
+    return whole[0]["samples"]
+
+
+def test_a_schedule_may_be_split(model, prompt: list) -> None:
+    """Only the history is lost between the parts, so UniPC's first step after the cut is of first order."""
+    sigmas = HappyHorseSigmas.execute(8, 1.0, 5.0)[0]
+    for sampler in (HappyHorseSamplerSelect.execute("unipc")[0], KSamplerSelect.execute("euler")[0]):
+        whole = custom(model, prompt, sampler=sampler)
+        parts = split(sampler, sigmas, model, prompt, empty())
+        scale = whole.unbind()[0].std().item()
+        assert difference(parts, whole) < 0.5 * scale
+
+
+def test_stock_schedules_that_begin_at_one_work_with_unipc(model, prompt: list) -> None:
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    sampler = HappyHorseSamplerSelect.execute("unipc")[0]
+    with torch.inference_mode():
+        arguments = model, True, SEED, 1.0, prompt, prompt, sampler, sigmas, empty()
+        result = SamplerCustom.execute(*arguments)[0]["samples"]
+    assert all(stream.isfinite().all() for stream in result.unbind())
+
+
+def test_soft_masks_blend_as_the_hosts_samplers_do(model, prompt: list) -> None:
+    latent = empty()
+    for stream in latent["samples"].unbind():
+        stream.normal_(generator=torch.Generator().manual_seed(3))
+    video, audio = latent["samples"].unbind()
+    latent["noise_mask"] = NestedTensor([torch.full_like(video[:, :1], 0.5), torch.ones_like(audio[:, :1])])
+    ours = custom(model, prompt, latent, HappyHorseSamplerSelect.execute("dmd2")[0])
+    assert difference(ours, custom(model, prompt, latent)) < 1e-3
+
+
+def test_differential_diffusion_is_heard(model, prompt: list) -> None:
+    from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+
+    latent = empty()
+    for stream in latent["samples"].unbind():
+        stream.normal_(generator=torch.Generator().manual_seed(3))
+    video, audio = latent["samples"].unbind()
+    latent["noise_mask"] = NestedTensor([torch.full_like(video[:, :1], 0.5), torch.ones_like(audio[:, :1])])
+    changed = DifferentialDiffusion.execute(model)[0]
+    sampler = HappyHorseSamplerSelect.execute("dmd2")[0]
+    assert difference(custom(changed, prompt, latent, sampler), custom(model, prompt, latent, sampler)) > 1e-2
+
+
+@pytest.mark.parametrize("modalities", [1, 3])
+def test_the_leaves_hold_quantised_weights(modalities: int) -> None:
+    import json
+
+    import comfy.ops
+
+    from happyhorse.nodes.operations import operations
+
+    leaf = operations(comfy.ops.mixed_precision_ops({}, torch.float32)).ModalityLinear(32, 16, modalities)
+    weight, scale = torch.randn(modalities * 16, 32), torch.tensor(0.02)
+    stored = (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    settings = json.dumps({"format": "float8_e4m3fn"}).encode()
+    leaf.load_state_dict(
+        {
+            "weight": stored,
+            "weight_scale": scale,
+            "comfy_quant": torch.tensor(list(settings), dtype=torch.uint8),
+        }
+    )
+    x, spans = torch.randn(1, 9, 32), ((0, 4), (4, 6), (6, 9))
+    plain = stored.float() * scale
+    want = (
+        torch.cat([x[:, a:b] @ plain.chunk(3)[i].T for i, (a, b) in enumerate(spans)], 1)
+        if modalities == 3
+        else x @ plain.T
+    )
+    assert (leaf(x, spans) - want).abs().max() < 0.05 * want.abs().max()

@@ -73,12 +73,17 @@ class Checkpoint:
         """How many values its tensors hold."""
         return sum(torch.Size(self.file.tensors[name].shape).numel() for name in self.names.values())
 
-    def build(self, compute_dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-        """The module on the meta device; raises ValueError where the configuration contradicts itself."""
+    def build(
+        self, compute_dtype: torch.dtype = torch.bfloat16, network: Callable[..., nn.Module] | None = None
+    ) -> nn.Module:
+        """The module on the meta device; raises ValueError where the configuration contradicts itself.
+
+        `network` makes it from the configuration, where a host has a class of its own.
+        """
         options = {"compute_dtype": compute_dtype} if self.part == "transformer" else {}
         try:
             with torch.device("meta"):
-                return NETWORKS[self.part](self.config, **options)
+                return (network or NETWORKS[self.part])(self.config, **options)
         except Exception as error:  # which kind depends on the layer that cannot be built
             what = f"no {_words(self.part)} can be built from its configuration"
             raise ValueError(f"{self.path}: {what} ({error}); {RENEW_CONFIG}") from error
@@ -224,14 +229,16 @@ def load(
     device: torch.device | str = "cpu",
     layers_on_cpu: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005
+    network: Callable[..., nn.Module] | None = None,
 ) -> nn.Module:
     """Load a module, ready for inference: one tensor at a time is read, cast and moved to `device`.
 
     `dtype` is that of the transformer's block linears (all else of it is float32) or of all weights of
     another part. With `layers_on_cpu` the weights of its layers stay in CPU memory. `progress` is told how
-    many tensors of how many are there. Raises ValueError for tensors that do not fit or are not finite.
+    many tensors of how many are there; `network` as in `Checkpoint.build`. Raises ValueError for tensors that
+    do not fit or are not finite.
     """
-    module = checkpoint.build(dtype)
+    module = checkpoint.build(dtype, network)
     expected = module.state_dict()
     check_names(checkpoint, expected)
     state = {}

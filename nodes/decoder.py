@@ -18,12 +18,11 @@ from torch import Tensor
 from ..media import FilmWriter, frames_to_uint8, resample_sound
 from ..model.geometry import FILM_RATE, FPS, PIXELS_PER_LATENT
 from ..sampler.pipeline import film_sound
-from .inputs import check_audio_vae, check_sound, check_video_vae
+from .inputs import Audio, check_audio_vae, check_sound, check_video_vae
 from .latents import shape_of, streams
 from .vae import VideoVAEObject, pixel_frames
 
 CATEGORY = "HappyHorse/decode"
-Audio = dict[str, Any]  # the host's AUDIO: waveform (B, C, N) and sample_rate
 
 LATENT = "The film, picture and sound: from HappyHorse Sampler or HappyHorse Super-Resolution."
 VAE = "Decodes the pictures: the turbo decoder (fast) or the Wan2.2 VAE, from HappyHorse Load Video VAE."

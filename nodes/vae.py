@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,16 +104,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "video_decoder": HostVideoDecoder,
     "audio_vae": AudioVAE,
 }
-
-
-class HostCheckpoint(Checkpoint):
-    """A checkpoint whose network is built from the host's leaves."""
-
-    def build(self, compute_dtype: torch.dtype = torch.float32) -> nn.Module:  # noqa: ARG002
-        """The module on the meta device; raises ValueError where the configuration contradicts itself."""
-        super().build()  # for its message
-        with torch.device("meta"):
-            return NETWORKS[self.part](self.config, operations())
 
 
 class CheckedVAE(comfy.sd.VAE):
@@ -424,9 +413,9 @@ def _load_video_vae(path: Path, dtype_name: str, disable_dynamic: bool = False) 
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    values = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
     bar = comfy.utils.ProgressBar(len(checkpoint.names))
-    return load(HostCheckpoint(**values), dtype, progress=bar.update_absolute)
+    network = partial(NETWORKS[checkpoint.part], operations=operations())
+    return load(checkpoint, dtype, progress=bar.update_absolute, network=network)
 
 
 def _video_patcher(path: Path, dtype_name: str, disable_dynamic: bool = False) -> Any:

@@ -29,7 +29,7 @@ from .model.geometry import (
     super_resolution_size,
 )
 from .model.weight_files import write_tensors
-from .options import DTYPES, default_device, models_folder, parser, sentence
+from .options import compute_dtype, default_device, models_folder, parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
 from .sampler.pipeline import FilmRequest, generate, write_film
 from .sampler.plan import Plan, plan_film, require_fit
@@ -83,7 +83,8 @@ def _generate(options: argparse.Namespace) -> None:
     if options.save_workflow:
         _check_output(options.save_workflow, ".json")
     checkpoints = _open_parts(options, models_folder(options))
-    device, dtype = options.device or default_device(), DTYPES[options.dtype]
+    device = options.device or default_device()
+    dtype = compute_dtype(options, device)
 
     def plan(shape: FilmShape, large: FilmShape | None) -> Plan:
         needed = {role: part for role, part in checkpoints.items() if large or role != "super_resolution"}
@@ -177,7 +178,7 @@ def _metadata(
         "seed": request.seed, "steps": request.steps or RECIPES[transformer.variant].steps,
         "size": f"{request.shape.width}x{request.shape.height}", "seconds": request.shape.asked_seconds,
         "sr": options.sr, "final_size": f"{final.width}x{final.height}", "upscale": options.upscale,
-        "decoder": options.decoder, "dtype": options.dtype,
+        "decoder": options.decoder, "dtype": str(compute_dtype(options, device)).removeprefix("torch."),
     }  # fmt: skip
     return {"comment": json.dumps({name: value for name, value in settings.items() if value is not None})}
 

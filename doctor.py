@@ -14,7 +14,7 @@ from .model import catalog
 from .model.checkpoint import Checkpoint
 from .model.config import PRESETS
 from .model.geometry import FilmShape, super_resolution_size
-from .options import DTYPES, default_device, models_folder, sentence
+from .options import compute_dtype, default_device, models_folder, sentence
 from .sampler.parts import default_vae_dtype, needed_parts, open_part
 from .sampler.placement import OFFLOADS
 from .sampler.plan import GB, TEXT_TOKENS, free_memory, plan_film
@@ -62,7 +62,8 @@ def _needs(options: argparse.Namespace, found: dict[str, Checkpoint], device: to
     seconds = options.seconds or preset.default_seconds
     columns = "".join(f"{offload:>9}" for offload in OFFLOADS)
     yield f"\nGB on {device} by --offload and, for blocks, in RAM; computed, not measured; {seconds:g} s,"
-    yield f"{VARIANT}, {DECODER} decoder, {options.dtype}, no --image, a prompt of {TEXT_TOKENS} tokens:"
+    dtype = str(compute_dtype(options, device)).removeprefix("torch.")
+    yield f"{VARIANT}, {DECODER} decoder, {dtype}, no --image, a prompt of {TEXT_TOKENS} tokens:"
     yield f"{'size':<9}{'--sr':>6}{'film':>11}{'tokens':>8}{columns}{'RAM':>9}"
     for sr in (None, "540p", "1080p"):
         names = needed_parts(VARIANT, sr, DECODER, image=False)
@@ -84,7 +85,7 @@ def _row(
     large: FilmShape | None,
     device: torch.device,
 ) -> str:
-    dtype, final = DTYPES[options.dtype], large or shape
+    dtype, final = compute_dtype(options, device), large or shape
     plan = plan_film(parts, shape, large, dtype, default_vae_dtype(dtype, device), device)
     tokens = final.video_tokens + final.audio_latents + TEXT_TOKENS
     size, film = (f"{s.width}x{s.height}" for s in (shape, final))

@@ -133,7 +133,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 def _add_compute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the transformers' linears"
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of the transformers' linears and the text encoder; default: bfloat16, on a CPU float32",
     )
     parser.add_argument("--device", type=_device, default=None, help="default: the accelerator, else the CPU")
     parser.add_argument(
@@ -187,6 +189,13 @@ def _device(text: str) -> torch.device:
         first = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({first}); try cpu") from error
     return device
+
+
+def compute_dtype(options: argparse.Namespace, device: torch.device) -> torch.dtype:
+    """What the transformers' linears and the text encoder compute in."""
+    if options.dtype:
+        return DTYPES[options.dtype]
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def default_device() -> torch.device:

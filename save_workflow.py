@@ -93,7 +93,10 @@ def _load(graph: _Graph, options: argparse.Namespace, checkpoint: Checkpoint) ->
     kind, choice = LOADERS[checkpoint.part], _choice(options, checkpoint)
     inputs = {CHOICES[kind]: choice}
     if kind != "HappyHorseLoadAudioVAE":
-        inputs["weight_dtype"] = "float32" if options.dtype == "float32" else "default"
+        given = options.dtype or "default"
+        # like the command line's, a VAE computes in bfloat16 only where the device is good at it
+        is_vae = kind == "HappyHorseLoadVideoVAE"
+        inputs["weight_dtype"] = "default" if is_vae and given == "bfloat16" else given
     if checkpoint.part == "transformer":
         inputs["variant"] = "auto" if _is_pony(choice) else checkpoint.variant
     if checkpoint.part == "text_encoder":

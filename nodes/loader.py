@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from . import files
 from .model import WEIGHT_DTYPES, load_model
+from .text_encoder import WEIGHT_DTYPES as TEXT_DTYPES
 from .text_encoder import load_clip
 from .vae import load_audio_vae, load_video_vae
 
@@ -35,8 +36,9 @@ class HappyHorseLoadModel(io.ComfyNode):
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="What the large linears are held in. default: as stored, computing in bfloat16; "
-                    "float32: twice the memory, for comparisons; float8_e4m3fn: half of it, less exact.",
+                    tooltip="What the large linears are held in at most, and compute in. default: bfloat16, "
+                    "on a CPU float32; float32: for comparisons; float8_e4m3fn: half the memory, less exact, "
+                    "computing as default; bfloat16: also on a CPU.",
                 ),
                 io.Combo.Input(
                     "variant",
@@ -83,10 +85,9 @@ class HappyHorseLoadTextEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=["default", "float32"],
+                    options=list(TEXT_DTYPES),
                     default="default",
-                    tooltip="What the weights are held in. default: bfloat16; float32: twice the memory, for "
-                    "comparisons.",
+                    tooltip="What the weights are held and computed in. default: bfloat16, on a CPU float32.",
                 ),
                 io.Combo.Input(
                     "device",

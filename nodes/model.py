@@ -37,7 +37,13 @@ from ..sampler.schedule import SHIFT
 from .latents import check_shapes
 from .operations import operations
 
-WEIGHT_DTYPES = {"default": None, "float32": torch.float32, "float8_e4m3fn": torch.float8_e4m3fn}
+# what the linears of the layers are held in at most; "default" is what they compute in
+WEIGHT_DTYPES = {
+    "default": None,
+    "float32": torch.float32,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "bfloat16": torch.bfloat16,
+}
 LATENTS_PER_TOKEN = 192  # 48 channels of 1 x 2 x 2
 
 
@@ -250,16 +256,15 @@ def _load_patcher(
     checkpoint = open_checkpoint(path, "transformer", variant)
     check_names(checkpoint, checkpoint.build().state_dict())
     asked = WEIGHT_DTYPES[dtype_name]
-    compute = torch.float32 if asked == torch.float32 else _compute_dtype()
-    state = _read_state(checkpoint, asked)
+    compute = asked if asked in (torch.float32, torch.bfloat16) else default_compute_dtype()
+    state = _read_state(checkpoint, asked or compute)
     return make_patcher(checkpoint.config, checkpoint.variant, state, compute, disable_dynamic)
 
 
-def _compute_dtype() -> torch.dtype:
-    """That of the linears: bfloat16 as published, where the device has it."""
-    device, management = comfy.model_management.get_torch_device(), comfy.model_management
-    half = management.is_device_cpu(device) or management.should_use_bf16(device)
-    return torch.bfloat16 if half else torch.float32
+def default_compute_dtype() -> torch.dtype:
+    """That of the linears: bfloat16 as published, where the host's device is good at it; float32 on a CPU."""
+    device = comfy.model_management.get_torch_device()
+    return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
 
 
 def make_patcher(
@@ -282,18 +287,17 @@ def make_patcher(
     return kind(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
 
 
-def _read_state(checkpoint: Checkpoint, asked: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors as they are stored, except that the linears of the layers are taken down to `asked`.
+def _read_state(checkpoint: Checkpoint, highest: torch.dtype) -> dict[str, Tensor]:
+    """The tensors as they are stored, except that the linears of the layers are taken down to `highest`.
 
-    Without `asked` only float32 ones are, to bfloat16; nothing is ever cast up.
+    Nothing is ever cast up.
     """
-    lowered = asked or torch.bfloat16
     bar = comfy.utils.ProgressBar(len(checkpoint.names))
     state = {}
     for own, name in checkpoint.names.items():
         tensor = checkpoint.file.read(name)
-        if BLOCK_LINEAR.match(own) and tensor.dtype.itemsize > lowered.itemsize:
-            tensor = tensor.to(lowered)
+        if BLOCK_LINEAR.match(own) and tensor.dtype.itemsize > highest.itemsize:
+            tensor = tensor.to(highest)
         state[own] = tensor
         bar.update(1)
     state.setdefault("adapter.rope.bands", rope_bands(checkpoint.config.head_dim))

@@ -17,9 +17,10 @@ from ..model.prompt import TextStates, cut_text, encode_tokens, tokens_of
 from ..model.prompt import Tokenizer as CoreTokenizer
 from ..model.text_encoder import TextEncoder
 from ..sampler.plan import activations
+from .model import default_compute_dtype
 from .operations import operations
 
-WEIGHT_DTYPES = {"default": torch.bfloat16, "float32": torch.float32}
+WEIGHT_DTYPES = {"default": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 NAME = "t5gemma"
 ANY_SHAPE = FilmShape(32, 32, 6)
 
@@ -101,7 +102,7 @@ def _load(path: Path, dtype_name: str, device: str, disable_dynamic: bool = Fals
     checkpoint = open_checkpoint(path, "text_encoder")
     check_names(checkpoint, checkpoint.build().state_dict())
     tokenizer = load_tokenizer(checkpoint)
-    dtype = WEIGHT_DTYPES[dtype_name]
+    dtype = WEIGHT_DTYPES[dtype_name] or default_compute_dtype()
     target = comfy.supported_models_base.ClipTarget(lambda **_: Tokenizer(tokenizer), TextEncoderModel)
     target.params = {"config": checkpoint.config}
     cpu = torch.device("cpu")

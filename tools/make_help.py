@@ -41,7 +41,7 @@ class Language:
     id: str
     inputs: str
     outputs: str
-    input_columns: tuple[str, ...]
+    default: str
     output_columns: tuple[str, ...]
     optional: str
     advanced: str
@@ -54,14 +54,14 @@ class Language:
 LANGUAGES = (
     Language(
         code="en", id="Node id", inputs="Inputs", outputs="Outputs",
-        input_columns=("input", "type", "default", "values", "meaning"),
+        default="default",
         output_columns=("output", "type", "meaning"),
         optional="optional", advanced="advanced", file="a file found on disk", text="text",
         span="{} to {}", step="step {}",
     ),
     Language(
         code="zh", id="节点 ID", inputs="输入", outputs="输出",
-        input_columns=("输入", "类型", "默认值", "取值", "说明"),
+        default="默认值",
         output_columns=("输出", "类型", "说明"),
         optional="可选", advanced="高级", file="磁盘上的文件", text="文本",
         span="{} 到 {}", step="步长 {}",
@@ -130,7 +130,7 @@ def help_page(schema: Schema, words: Words, language: Language, note: str) -> st
     """The Markdown page of a node."""
     facts = [f"{language.id}: `{schema.node_id}`", f"`{schema.category}`"]
     parts = [f"# {words['display_name']}", words["description"], " · ".join(facts), note]
-    parts += [f"## {language.inputs}", _table(language.input_columns, _input_rows(schema, words, language))]
+    parts += [f"## {language.inputs}", _input_list(schema, words, language)]
     if schema.outputs:
         rows = (
             (_name(entry["name"], output.display_name), f"`{output.io_type}`", entry["tooltip"])
@@ -140,13 +140,17 @@ def help_page(schema: Schema, words: Words, language: Language, note: str) -> st
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _input_rows(schema: Schema, words: Words, language: Language) -> Iterator[tuple[str, ...]]:
+def _input_list(schema: Schema, words: Words, language: Language) -> str:
+    """One item per input: the page's panel is too narrow for a table of five columns."""
+    lines = []
     for socket in schema.inputs:
         entry = words["inputs"][socket.id]
         marks = [getattr(language, mark) for mark in ("optional", "advanced") if getattr(socket, mark, False)]
         kind = ", ".join([f"`{socket.io_type}`", *marks])
-        name = _name(entry["name"], socket.id)
-        yield name, kind, _default(socket), _values(socket, language), entry["tooltip"]
+        default = _default(socket)
+        facts = filter(None, (kind, _values(socket, language), default and f"{language.default}: {default}"))
+        lines.append(f"- **{_name(entry['name'], socket.id)}** ({'; '.join(facts)})\n  {entry['tooltip']}")
+    return "\n".join(lines)
 
 
 def _name(name: str, own: str) -> str:

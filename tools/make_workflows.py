@@ -64,14 +64,14 @@ COLORS = {
     LATENT: "#b58ae0", SAMPLE: "#e07a94", LARGER: "#e07a94",
     BOTH: "#6fb7c9", JOIN_PICTURES: "#6fb7c9", JOIN_SOUNDS: "#6fb7c9", SAVE: "#a9adb8",
 }  # fmt: skip
-NOTE_WIDTH = 460
+NOTE_WIDTH = WIDTH + 2 * PADDING  # it stands below the first column
 
 
 def arranged(raw: Json, workflow: Workflow, graph: Graph) -> Json:
     """The page's own file with places, groups, the note and what the host's manager wants to know."""
     nodes = {node["id"]: node for node in raw["nodes"]}
     own = dict(enumerate(graph.nodes, 1))
-    groups, left = [], NOTE_WIDTH + GAP
+    groups, left, note_top = [], 0, 0
     for column in COLUMNS:
         members = {group: [i for i, node in own.items() if node.group == group] for group in column}
         if not any(members.values()):
@@ -84,6 +84,8 @@ def arranged(raw: Json, workflow: Workflow, graph: Graph) -> Json:
             for i in ids:
                 node = nodes[i]
                 height = max(node["size"][1], HEIGHTS.get(node["type"], 0))
+                if node["type"] == "SaveVideo" and graph.pony:  # a square film
+                    height = 640
                 if node["type"] == "HappyHorseTextEncode" and "prompt" not in _linked(node):
                     height = max(height, 240)
                 node["pos"], node["size"] = [left + PADDING, y + NODE_TITLE], [width, height]
@@ -91,10 +93,11 @@ def arranged(raw: Json, workflow: Workflow, graph: Graph) -> Json:
             bounding = [left, top, width + 2 * PADDING, y - top]
             groups.append(_group(len(groups) + 1, group, bounding))
             top = y + GAP
+        note_top = note_top or top
         left += width + 2 * PADDING + GAP
     for i, node in nodes.items():
         node["properties"] = _properties(own[i])
-    text = _note(max(nodes) + 1, note(workflow, graph))
+    text = _note(max(nodes) + 1, note(workflow, graph), note_top)
     return raw | {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"happyhorse/{graph.name}")),
         "last_node_id": text["id"],
@@ -115,11 +118,11 @@ def _group(number: int, title: str, bounding: list[float]) -> Json:
     }  # fmt: skip
 
 
-def _note(number: int, text: str) -> Json:
-    lines = sum(math.ceil(len(re.sub(r"\(http[^)]*\)", "", line)) / 72) for line in text.splitlines())
+def _note(number: int, text: str, top: float) -> Json:
+    lines = sum(math.ceil(len(re.sub(r"\(http[^)]*\)", "", line)) / 58) for line in text.splitlines())
     height = 40 + 14 * lines + 8 * text.count("\n\n") + 16 * text.count("# ")
     return {
-        "id": number, "type": "MarkdownNote", "pos": [0, NODE_TITLE], "size": [NOTE_WIDTH, height],
+        "id": number, "type": "MarkdownNote", "pos": [0, top + NODE_TITLE], "size": [NOTE_WIDTH, height],
         "flags": {}, "order": 0, "mode": 0, "inputs": [], "outputs": [], "title": "Read me", "properties": {},
         "widgets_values": [text], "color": "#3a3a2a", "bgcolor": "#22221a",
     }  # fmt: skip

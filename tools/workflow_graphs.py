@@ -507,6 +507,6 @@ def note(workflow: Workflow, graph: Graph) -> str:
         file = FILES[choice]
         repository, _, rest = SOURCES[file.part].origin.partition(" ")
         origin = f"[{repository.rstrip(',')}](https://huggingface.co/{repository.rstrip(',')})"
-        lines.append(f"- `models/{file.folder}`: {origin}{rest and f', {rest}'} ({file.licence})")
+        lines.append(f"- `models/{file.folder}`: {origin}{rest and f', {rest}'}; {file.licence}")
     files = "\n".join(lines)
     return f"{about}\n\n## Files\n{files}\n\nThe key R renews the lists.\n\n{WEIGHTS}\n\n{LICENCES}"

@@ -9,7 +9,7 @@ COMFYUI := $(shell $(PYTHON) tests/nodes/launch_host.py where 2>/dev/null)
 HOST := .venv-host
 HOST_PIP := $(HOST)/bin/python -m pip install -qq
 SUMMARY := $(CURDIR)/$(VENV)/summary.txt
-PYTEST := -m pytest -n auto --dist loadgroup
+PYTEST := -m pytest -n auto
 TESTING := TEST_SUMMARY=$(SUMMARY) OMP_NUM_THREADS=1
 
 .PHONY: demo test test-core test-host lint bench soak gpu clean

@@ -73,18 +73,16 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return WithoutHost.from_parent(parent, path=module_path) if why_not() else None
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m and xdist look at the marks
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.host)
-            if "server" in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group("server"))  # so that one server serves them all
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator["host.Server"]:
-    """A ComfyUI server on the CPU whose only custom node is this pack; one for all tests of the run."""
+    """A ComfyUI server on the CPU whose only custom node is this pack; one per worker of pytest-xdist."""
     import host
 
     with host.serve(tmp_path_factory.mktemp("server")) as running:

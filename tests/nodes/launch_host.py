@@ -50,7 +50,10 @@ def define_torchvision_ops() -> None:
 
 def main() -> None:
     """Print where ComfyUI is, or run it in this process."""
-    comfyui = find_comfyui()
+    try:
+        comfyui = find_comfyui()
+    except FileNotFoundError as error:
+        sys.exit(str(error))
     if sys.argv[1:] == ["where"]:
         sys.stdout.write(f"{comfyui}\n" if comfyui else "")
         return

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
@@ -24,7 +25,9 @@ from .config import (
     VideoVAEConfig,
 )
 from .key_maps import KEY_MAPS, recognise
+from .operations import Embedding
 from .prompt import Tokenizer
+from .quant import QuantizedWeight, Stored, WeightPatch, block_bytes, find_quantized, read_quantized
 from .rope import rope_bands
 from .text_encoder import TextEncoder
 from .transformer import JointTransformer
@@ -34,6 +37,11 @@ from .weight_files import WeightFile, open_weights
 
 RENEW_CONFIG = "correct it, or download the file again"
 BLOCK_LINEAR = re.compile(r"^block\..*\.(linear_qkv|linear_proj|up_gate_proj|down_proj)\.weight$")
+# the weights that stay as they are stored where a file has them quantised; others are few and small
+QUANTIZABLE = {
+    "transformer": BLOCK_LINEAR,
+    "text_encoder": re.compile(r"^(embed_tokens|layers\..*_proj)\.weight$"),
+}
 
 
 class UnknownVariantError(ValueError):
@@ -44,7 +52,7 @@ class UnknownVariantError(ValueError):
 class Checkpoint:
     """An opened checkpoint: which part it is, its configuration, and for a transformer its variant.
 
-    `names` maps our tensor names to the file's.
+    `names` maps our tensor names to the file's; `quantized` says how the file stores those that are.
     """
 
     file: WeightFile
@@ -52,6 +60,7 @@ class Checkpoint:
     config: Config
     variant: str | None
     names: Mapping[str, str]
+    quantized: Mapping[str, Stored]
 
     @property
     def path(self) -> Path:
@@ -72,6 +81,27 @@ class Checkpoint:
     def parameters(self) -> int:
         """How many values its tensors hold."""
         return sum(torch.Size(self.file.tensors[name].shape).numel() for name in self.names.values())
+
+    def shape(self, own: str) -> torch.Size:
+        """The shape of a tensor."""
+        return torch.Size(self.file.tensors[self.names[own]].shape)
+
+    def read(self, own: str) -> Tensor | QuantizedWeight:
+        """Read a tensor as it is stored; raises ValueError for what is damaged."""
+        name = self.names[own]
+        if own in self.quantized:
+            return read_quantized(self.file, name, self.quantized[own])
+        return self.file.read(name)
+
+    def keeps_quantized(self, own: str) -> bool:
+        """Whether a tensor stays quantised once it is loaded."""
+        return own in self.quantized and bool(self.part in QUANTIZABLE and QUANTIZABLE[self.part].match(own))
+
+    def kept_bytes(self, own: str, dtype: torch.dtype) -> int:
+        """Bytes that a tensor takes once it is loaded with `dtype`, as in `load`."""
+        if self.keeps_quantized(own):
+            return block_bytes(self.shape(own), self.quantized[own])
+        return self.shape(own).numel() * storage_dtype(self.part, own, dtype).itemsize
 
     def build(
         self, compute_dtype: torch.dtype = torch.bfloat16, network: Callable[..., nn.Module] | None = None
@@ -117,7 +147,8 @@ def open_checkpoint(path: Path, part: str | None = None, variant: str | None = N
     file and what is wrong with it.
     """
     file = open_weights(path)
-    listed = [*file.tensors, *file.absent]
+    quantized, beside = find_quantized(file)
+    listed = [name for name in (*file.tensors, *file.absent) if name not in beside]
     found = part if part and KEY_MAPS[part].prefix(listed) is not None else recognise(listed)
     if found is None or part not in (None, found):
         first = f" ({', '.join(listed[:3])}, ...)" if listed else ""
@@ -129,7 +160,8 @@ def open_checkpoint(path: Path, part: str | None = None, variant: str | None = N
         shown = ", ".join(missing[:3])
         raise FileNotFoundError(f"{path}: {len(missing)} of its shards are missing ({shown}); download them")
     variant = _variant(file, variant) if found == "transformer" else None
-    return Checkpoint(file, found, _config(file, found, variant), variant, names)
+    stored = {own: quantized[name] for own, name in names.items() if name in quantized}
+    return Checkpoint(file, found, _config(file, found, variant), variant, names, stored)
 
 
 def _words(name: str) -> str:
@@ -203,7 +235,7 @@ def check_names(checkpoint: Checkpoint, expected: Mapping[str, Tensor]) -> None:
     each.
     """
     optional = set(KEY_MAPS[checkpoint.part].optional)
-    shapes = {own: checkpoint.file.tensors[name].shape for own, name in checkpoint.names.items()}
+    shapes = {own: tuple(checkpoint.shape(own)) for own in checkpoint.names}
     problems = {
         "missing": [name for name in expected if name not in shapes and name not in optional],
         "unknown": [name for name in shapes if name not in expected],
@@ -230,31 +262,74 @@ def load(
     layers_on_cpu: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005
     network: Callable[..., nn.Module] | None = None,
+    patches: Mapping[str, Sequence[WeightPatch]] = MappingProxyType({}),
 ) -> nn.Module:
     """Load a module, ready for inference: one tensor at a time is read, cast and moved to `device`.
 
     `dtype` is that of the transformer's block linears (all else of it is float32) or of all weights of
-    another part. With `layers_on_cpu` the weights of its layers stay in CPU memory. `progress` is told how
-    many tensors of how many are there; `network` as in `Checkpoint.build`. Raises ValueError for tensors that
-    do not fit or are not finite.
+    another part; large quantised weights stay as they are stored. With `layers_on_cpu` the weights of its
+    layers stay in CPU memory. `progress` is told how many tensors of how many are there; `network` as in
+    `Checkpoint.build`. `patches` by our name are merged into plain weights, and change quantised ones at
+    every use. Raises ValueError for tensors that do not fit or are not finite.
     """
     module = checkpoint.build(dtype, network)
     expected = module.state_dict()
     check_names(checkpoint, expected)
-    state = {}
     for done, own in enumerate(expected):
         progress(done, len(expected))
         home = torch.device("cpu") if layers_on_cpu and re.match(r"(block\.)?layers\.", own) else device
-        if own not in checkpoint.names:
-            state[own] = rope_bands(checkpoint.config.head_dim).to(home)  # the one optional tensor
-            continue
-        stored = checkpoint.file.read(checkpoint.names[own])
-        tensor = stored.to(home, storage_dtype(checkpoint.part, own, dtype))
-        _check_finite(tensor, own, checkpoint)
-        state[own] = tensor
+        if own in checkpoint.names:
+            changes = tuple(patches.get(own, ()))
+            value = _read_for_use(checkpoint, own, dtype, home, changes)
+            _place(module, own, value, changes, dtype)
+        else:
+            bands = rope_bands(checkpoint.config.head_dim)  # the one optional tensor
+            _place(module, own, bands.to(home), (), dtype)
     progress(len(expected), len(expected))
-    module.load_state_dict(state, strict=True, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def _read_for_use(
+    checkpoint: Checkpoint,
+    own: str,
+    dtype: torch.dtype,
+    home: torch.device | str,
+    patches: Sequence[WeightPatch],
+) -> Tensor | QuantizedWeight:
+    """A tensor on its device: as it is stored if it stays quantised, else in its dtype, with its patches."""
+    stored, kept = checkpoint.read(own), storage_dtype(checkpoint.part, own, dtype)
+    if isinstance(stored, QuantizedWeight):
+        stored = stored.to(home)
+        if checkpoint.keeps_quantized(own):
+            check_finite(stored.bounds(), own, checkpoint)
+            return stored
+        stored = stored.dequantize(kept)
+    tensor = stored.to(home, torch.float32 if patches else kept)
+    for patch in patches:
+        tensor = patch(tensor if tensor is not stored else tensor.clone())
+    tensor = tensor.to(kept)
+    check_finite(tensor, own, checkpoint)
+    return tensor
+
+
+def _place(
+    module: nn.Module,
+    own: str,
+    value: Tensor | QuantizedWeight,
+    patches: Sequence[WeightPatch],
+    dtype: torch.dtype,
+) -> None:
+    """Put a tensor into its module; `patches` are for quantised ones, the others have them already."""
+    owner, _, leaf = own.rpartition(".")
+    owner = module.get_submodule(owner)
+    if isinstance(value, QuantizedWeight):
+        owner.hold(value, patches)
+        if isinstance(owner, Embedding):
+            owner.compute_dtype = dtype
+    elif leaf in dict(owner.named_buffers(recurse=False)):
+        setattr(owner, leaf, value)
+    else:
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def storage_dtype(part: str, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -264,7 +339,8 @@ def storage_dtype(part: str, name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _check_finite(tensor: Tensor, name: str, checkpoint: Checkpoint) -> None:
+def check_finite(tensor: Tensor, name: str, checkpoint: Checkpoint) -> None:
+    """Raise ValueError naming a tensor of a checkpoint that holds NaN or infinite values."""
     # minimum and maximum carry NaN and infinity, and need no memory of the tensor's size
     if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor)):
         raise ValueError(

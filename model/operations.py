@@ -6,9 +6,13 @@ whatever dtype its weights are stored in. A network therefore states its number 
 leaf.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .quant import QuantizedWeight, WeightPatch
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) of the tokens of each modality: video, audio, text
 
@@ -17,9 +21,42 @@ def _cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(like.dtype)
 
 
-class Linear(nn.Linear):
+class QuantizableLeaf(nn.Module):
+    """A leaf whose weight may be quantised: then `weight` is the stored data, and `weight_scale` its scale.
+
+    `patches` change a quantised weight whenever it is used.
+    """
+
+    quantization: tuple[str, torch.Size] | None = None  # format, and shape of the weight
+    patches: tuple[WeightPatch, ...] = ()
+
+    def hold(self, weight: QuantizedWeight, patches: Iterable[WeightPatch] = ()) -> None:
+        """Take a quantised weight in place of a plain one."""
+        self.weight = nn.Parameter(weight.data, requires_grad=False)
+        scale = None if weight.scale is None else nn.Parameter(weight.scale, requires_grad=False)
+        self.register_parameter("weight_scale", scale)
+        self.quantization, self.patches = (weight.format, weight.shape), tuple(patches)
+
+    @property
+    def quantized(self) -> QuantizedWeight | None:
+        """The weight as it is stored, if it is quantised."""
+        if self.quantization is None:
+            return None
+        return QuantizedWeight(self.weight, self.weight_scale, *self.quantization)
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the leaf computes with it."""
+        if self.quantized is None:
+            return self.weight.to(dtype)
+        weight = self.quantized.dequantize(dtype)
+        for patch in self.patches:
+            weight = patch(weight)
+        return weight
+
+
+class Linear(QuantizableLeaf, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, _cast(self.weight, x), _cast(self.bias, x))
+        return F.linear(x, self.weight_in(x.dtype), _cast(self.bias, x))
 
 
 class Conv2d(nn.Conv2d):
@@ -76,8 +113,15 @@ class WeightNormConvTranspose1d(nn.Module):
         return F.conv_transpose1d(x, weight, _cast(self.bias, x), self.stride, self.padding)
 
 
-class Embedding(nn.Embedding):
-    """Rows of `weight`, in the dtype they are stored in."""
+class Embedding(QuantizableLeaf, nn.Embedding):
+    """Rows of `weight`, in the dtype they are stored in; quantised ones in `compute_dtype`."""
+
+    compute_dtype = torch.bfloat16
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.quantized is None:
+            return super().forward(tokens)
+        return self.quantized.rows(tokens, self.compute_dtype)
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -102,7 +146,7 @@ def modality_rms_norm(x: Tensor, weight: Tensor, modalities: int, spans: Spans, 
     return torch.cat([F.rms_norm(x[:, a:b], copy.shape, copy, eps) for (a, b), copy in copies], dim=1)
 
 
-class ModalityLinear(nn.Module):
+class ModalityLinear(QuantizableLeaf):
     """An unbiased linear whose weight stacks one copy per modality (video, audio, text) along its first axis.
 
     `x` is [B, S, in_features] with the tokens of a modality in one span; the result is [B, S, out_features].
@@ -115,7 +159,7 @@ class ModalityLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(modalities * out_features, in_features))
 
     def forward(self, x: Tensor, spans: Spans) -> Tensor:
-        return modality_linear(x, _cast(self.weight, x), self.modalities, spans)
+        return modality_linear(x, self.weight_in(x.dtype), self.modalities, spans)
 
 
 class ModalityRMSNorm(nn.Module):

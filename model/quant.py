@@ -1,0 +1,217 @@
+"""Quantised weights: the formats people have, how files name their scales, and the values behind them.
+
+A quantised weight is kept as it is stored; its values are worked out anew whenever a layer computes. Formats:
+`float8_e4m3fn` and `float8_e5m2` with a scale or without, `int8` with one, and the block formats of GGUF.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gguf_blocks import BLOCKS, block_scales, dequantize_blocks
+from .weight_files import WeightFile
+
+FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+WRITTEN = ("float8_e4m3fn", "Q8_0", "Q5_0", "Q4_0")
+CHECKED_ROWS = 4096  # at a time, so that the check needs little memory
+# what files call the types of stored values -> format
+STORED = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I8": "int8",
+    **{f: f for f in (*FLOAT8, "int8")},
+}
+# formats by ComfyUI's names; it has others, which are not read
+COMFY_FORMATS = {"float8_e4m3fn": "float8_e4m3fn", "float8_e5m2": "float8_e5m2", "int8_tensorwise": "int8"}
+# what stands beside `X.weight`: scales by their published names, and what is not needed to read it
+SCALES = ("{0}.weight_scale", "{0}.scale_weight", "{0}.weight.__fp8_scale")
+NOTES = ("{0}.comfy_quant", "{0}.input_scale", "{0}.scale_input")
+OLD_MARK = "scaled_fp8"  # a tensor of this name says that the file is of ComfyUI's former kind
+
+# patch(weight) -> weight, of any float dtype; it may write into its argument
+WeightPatch = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight of `shape` as a file stores it.
+
+    `data` holds its values, [rows, columns], or for GGUF bytes, uint8: [rows, bytes of a row], or [bytes]
+    where a row is no whole number of blocks. A value is multiplied by `scale`, float32 of [] or [rows, 1],
+    or None.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    format: str
+    shape: torch.Size
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The values, worked out in float32 and rounded once."""
+        if self.format in BLOCKS:
+            return dequantize_blocks(self.data, self.format, dtype).reshape(self.shape)
+        if self.scale is None:
+            return self.data.to(dtype)
+        out = torch.empty(self.shape, dtype=dtype, device=self.data.device)
+        return torch.mul(self.data.to(dtype), self.scale, out=out)
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values of some rows: `index` of any shape -> [*index.shape, columns]."""
+        flat = index.flatten()
+        scale = self.scale if self.scale is None or not self.scale.ndim else self.scale[flat]
+        chosen = QuantizedWeight(
+            self.data[flat], scale, self.format, torch.Size((len(flat), *self.shape[1:]))
+        )
+        return chosen.dequantize(dtype).unflatten(0, index.shape)
+
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """The same on another device."""
+        scale = None if self.scale is None else self.scale.to(device)
+        return QuantizedWeight(self.data.to(device), scale, self.format, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes."""
+        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def bounds(self) -> Tensor:
+        """A few values that are NaN or infinite if one of the weight's is."""
+        if self.format in FLOAT8:
+            return torch.stack([part.to(torch.float32).abs().sum() for part in self.data.split(CHECKED_ROWS)])
+        if self.format in BLOCKS:
+            return block_scales(self.data, self.format)
+        return self.scale  # whole numbers are always finite
+
+
+def block_bytes(shape: torch.Size, stored: "Stored") -> int:
+    """Bytes of a quantised weight of `shape` in memory."""
+    if stored.format in BLOCKS:
+        block = BLOCKS[stored.format]
+        return shape.numel() // block.values * block.num_bytes
+    return shape.numel() + (4 * shape[0] if stored.scale else 0)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The format of one weight in a file, and the name of its scale there."""
+
+    format: str
+    scale: str | None
+
+
+def find_quantized(file: WeightFile) -> tuple[dict[str, Stored], set[str]]:
+    """The quantised tensors of a file by name, and the names of what only explains them.
+
+    Raises ValueError for formats that are not read and for scales that are missing.
+    """
+    found, beside = {}, {name for name in file.tensors if name.rpartition(".")[2] == OLD_MARK}
+    noted = _comfy_notes(file)
+    for name, info in file.tensors.items():
+        layer, dot, leaf = name.rpartition(".")
+        stored = info.dtype if info.dtype in BLOCKS else STORED.get(info.dtype)
+        note = noted.get(layer) if leaf == "weight" else None
+        if note is not None:
+            stored = _noted_format(file, name, note, stored)
+        if stored is None:
+            continue
+        scale = next((s for s in (pattern.format(layer) for pattern in SCALES) if s in file.tensors), None)
+        found[name] = Stored(stored, scale if dot else None)
+        beside |= {pattern.format(layer) for pattern in (*SCALES, *NOTES)} & set(file.tensors)
+    scaled = bool(noted) or any(stored.scale for stored in found.values())  # then all of them must be
+    for name, stored in found.items():
+        must = stored.format == "int8" or (stored.format in FLOAT8 and scaled)
+        if must and stored.scale is None and len(file.tensors[name].shape) > 1:
+            looked = ", ".join(pattern.format(name.removesuffix(".weight")) for pattern in SCALES)
+            raise ValueError(
+                f"{file.path}: {name} is stored in {stored.format}, but its scale is missing (looked for "
+                f"{looked}); download the file again"
+            )
+    return found, beside
+
+
+def _comfy_notes(file: WeightFile) -> Mapping[str, Any]:
+    """ComfyUI's notes on quantised layers: in the header, or a tensor of bytes beside each weight."""
+    notes = {}
+    try:
+        if "_quantization_metadata" in file.metadata:
+            notes |= json.loads(file.metadata["_quantization_metadata"])["layers"]
+        for name in file.tensors:
+            if name.endswith(".comfy_quant"):
+                notes[name.removesuffix(".comfy_quant")] = json.loads(bytes(file.read(name).tolist()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file.path}: its note on quantised layers cannot be read ({error}); "
+                         "download the file again") from error  # fmt: skip
+    return notes
+
+
+def _noted_format(file: WeightFile, name: str, note: Any, stored: str | None) -> str:
+    asked = note.get("format") if isinstance(note, dict) else note
+    format = COMFY_FORMATS.get(asked) if isinstance(asked, str) else None
+    details = {**note, **(note.get("params") or {})} if isinstance(note, dict) else {}
+    if format is None or details.get("convrot"):
+        found = "a rotated int8" if format else repr(asked)
+        raise ValueError(
+            f"{file.path}: {name} is quantised as {found}, which is not read here; accepted are "
+            f"{', '.join(COMFY_FORMATS)}, GGUF ({', '.join(BLOCKS)}), or no quantisation"
+        )
+    if stored != format:
+        raise ValueError(
+            f"{file.path}: {name} is noted as {asked}, but stored in {file.tensors[name].dtype}; "
+            "download the file again"
+        )
+    return format
+
+
+def read_quantized(file: WeightFile, name: str, stored: Stored) -> QuantizedWeight:
+    """Read a quantised weight; raises ValueError for a scale that does not fit or is not positive."""
+    data = file.read(name)
+    if isinstance(data, QuantizedWeight):
+        return data
+    scale = None if stored.scale is None else _row_scale(file, stored.scale, data.shape[0])
+    return QuantizedWeight(data, scale, stored.format, data.shape)
+
+
+def _row_scale(file: WeightFile, scale_name: str, rows: int) -> Tensor:
+    """A scale as [] or [rows, 1]; one of three stands for a third of the rows."""
+    scale = file.read(scale_name).float()
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ValueError(
+            f"{file.path}: {scale_name} must be positive and finite, and is not; download the file again"
+        )
+    count = scale.numel()
+    if count == 1:
+        return scale.reshape(())
+    if count not in (3, rows) or rows % count or scale.squeeze().ndim != 1:
+        raise ValueError(
+            f"{file.path}: {scale_name} has shape {list(scale.shape)}; expected one scale, three for the "
+            f"thirds of a layer, or one for each of the {rows} rows; download the file again"
+        )
+    return scale.reshape(count, 1).repeat_interleave(rows // count, dim=0)
+
+
+def quantize(weight: Tensor, format: str) -> QuantizedWeight:
+    """Quantise a float weight [rows, columns]: float8_e4m3fn with a scale for each row, or a block format of
+    GGUF. Raises ValueError for a format that is not in WRITTEN.
+    """
+    if format not in WRITTEN:
+        raise ValueError(f"a weight can be quantised to {', '.join(WRITTEN)}, got {format!r}")
+    if format in BLOCKS:
+        return _quantize_blocks(weight, format)
+    wide, kind = weight.float(), FLOAT8[format]
+    largest = wide.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(largest > 0, largest / torch.finfo(kind).max, 1.0)
+    return QuantizedWeight((wide / scale).to(kind), scale, format, weight.shape)
+
+
+def _quantize_blocks(weight: Tensor, format: str) -> QuantizedWeight:
+    import gguf
+
+    values = weight.float().numpy(force=True)
+    if weight.shape[-1] % BLOCKS[format].values:  # stored flat where a row is no whole number of blocks
+        values = values.reshape(-1)
+    data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[format])
+    return QuantizedWeight(torch.from_numpy(data).to(weight.device), None, format, weight.shape)

@@ -12,14 +12,18 @@ class Source:
     origin: str
 
 
+def _named(variant: str) -> tuple[str, ...]:
+    return variant, f"{variant}*", f"*{variant}*.safetensors", f"*{variant}*.gguf"
+
+
 _WEIGHTS = "GAIR/daVinci-MagiHuman"
 SOURCES = {
-    "base": Source(("base", "base*", "*base*.safetensors"), f"{_WEIGHTS}, folder base"),
-    "distill": Source(("distill", "distill*", "*distill*.safetensors"), f"{_WEIGHTS}, folder distill"),
-    "540p_sr": Source(("540p_sr", "540p_sr*", "*540p_sr*.safetensors"), f"{_WEIGHTS}, folder 540p_sr"),
-    "1080p_sr": Source(("1080p_sr", "1080p_sr*", "*1080p_sr*.safetensors"), f"{_WEIGHTS}, folder 1080p_sr"),
+    "base": Source(_named("base"), f"{_WEIGHTS}, folder base"),
+    "distill": Source(_named("distill"), f"{_WEIGHTS}, folder distill"),
+    "540p_sr": Source(_named("540p_sr"), f"{_WEIGHTS}, folder 540p_sr"),
+    "1080p_sr": Source(_named("1080p_sr"), f"{_WEIGHTS}, folder 1080p_sr"),
     "text_encoder": Source(
-        ("text_encoder", "t5gemma-9b-9b-ul2", "t5gemma*.safetensors"),
+        ("text_encoder", "t5gemma-9b-9b-ul2", "t5gemma*.safetensors", "t5gemma*.gguf", "text_encoder*.*"),
         "google/t5gemma-9b-9b-ul2 (shards 1-4, the index and tokenizer.json)",
     ),
     "video_vae": Source(

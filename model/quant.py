@@ -17,7 +17,7 @@ from .weight_files import WeightFile
 
 FLOAT8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 WRITTEN = ("float8_e4m3fn", "Q8_0", "Q5_0", "Q4_0")
-CHECKED_ROWS = 4096  # at a time, so that the check needs little memory
+SLICE_ROWS = 4096  # worked on at a time, to need little memory
 # what files call the types of stored values -> format
 STORED = {
     "F8_E4M3": "float8_e4m3fn",
@@ -81,7 +81,7 @@ class QuantizedWeight:
     def bounds(self) -> Tensor:
         """A few values that are NaN or infinite if one of the weight's is."""
         if self.format in FLOAT8:
-            return torch.stack([part.to(torch.float32).abs().sum() for part in self.data.split(CHECKED_ROWS)])
+            return torch.stack([part.to(torch.float32).abs().sum() for part in self.data.split(SLICE_ROWS)])
         if self.format in BLOCKS:
             return block_scales(self.data, self.format)
         return self.scale  # whole numbers are always finite
@@ -201,17 +201,23 @@ def quantize(weight: Tensor, format: str) -> QuantizedWeight:
         raise ValueError(f"a weight can be quantised to {', '.join(WRITTEN)}, got {format!r}")
     if format in BLOCKS:
         return _quantize_blocks(weight, format)
-    wide, kind = weight.float(), FLOAT8[format]
-    largest = wide.abs().amax(dim=1, keepdim=True)
-    scale = torch.where(largest > 0, largest / torch.finfo(kind).max, 1.0)
-    return QuantizedWeight((wide / scale).to(kind), scale, format, weight.shape)
+    kind = FLOAT8[format]
+    data = torch.empty(weight.shape, dtype=kind, device=weight.device)
+    scale = torch.empty(len(weight), 1, device=weight.device)
+    for rows, out, scales in zip(*(t.split(SLICE_ROWS) for t in (weight, data, scale)), strict=True):
+        largest = rows.float().abs().amax(dim=1, keepdim=True)
+        scales.copy_(torch.where(largest > 0, largest / torch.finfo(kind).max, 1.0))
+        out.copy_(rows.float() / scales)
+    return QuantizedWeight(data, scale, format, weight.shape)
 
 
 def _quantize_blocks(weight: Tensor, format: str) -> QuantizedWeight:
     import gguf
 
-    values = weight.float().numpy(force=True)
-    if weight.shape[-1] % BLOCKS[format].values:  # stored flat where a row is no whole number of blocks
-        values = values.reshape(-1)
-    data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[format])
-    return QuantizedWeight(torch.from_numpy(data).to(weight.device), None, format, weight.shape)
+    rows = []
+    for values in weight.split(SLICE_ROWS):
+        wide = values.float().numpy(force=True)
+        if weight.shape[-1] % BLOCKS[format].values:  # stored flat where a row is no whole number of blocks
+            wide = wide.reshape(-1)
+        rows.append(torch.from_numpy(gguf.quants.quantize(wide, gguf.GGMLQuantizationType[format])))
+    return QuantizedWeight(torch.cat(rows).to(weight.device), None, format, weight.shape)

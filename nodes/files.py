@@ -15,7 +15,8 @@ from ..model.weight_files import PICKLES
 from ..options import pony_folder
 
 log = logging.getLogger(__name__)
-CHECKPOINTS = (".safetensors", ".sft", *PICKLES)
+CHECKPOINTS = (".safetensors", ".sft", ".gguf", *PICKLES)
+GGUF_FOLDERS = ("diffusion_models", "text_encoders")
 SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 
@@ -139,12 +140,21 @@ def _roots(part: Part) -> Iterator[str]:
 def _found(part: Part) -> Iterator[str]:
     for kind, wanted in part.folders.items():
         roots = folder_paths.get_folder_paths(kind)
-        names = (name.replace("\\", "/") for name in folder_paths.get_filename_list(kind))
-        yield from _offered(_matching(names, wanted), roots)
+        ggufs = _ggufs(roots) if kind in GGUF_FOLDERS else ()
+        names = {name.replace("\\", "/") for name in (*folder_paths.get_filename_list(kind), *ggufs)}
+        yield from _offered(_matching(sorted(names), wanted), roots)
     for folder in part.older:
         names = _walk(Path(folder_paths.models_dir), folder)
         wanted = next(iter(part.folders.values()))
         yield from _offered(_matching(names, wanted), [folder_paths.models_dir])
+
+
+def _ggufs(roots: Iterable[str]) -> Iterator[str]:
+    """The GGUF files of folders, which the host does not list."""
+    for root in roots:
+        for name in folder_paths.recursive_search(root, excluded_dir_names=[".git"])[0]:
+            if name.lower().endswith(".gguf"):
+                yield name
 
 
 def _matching(names: Iterable[str], wanted: str) -> Iterator[str]:

@@ -25,10 +25,11 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor
 
 from ..kernels.attention import FrameWindow, attention, attention_by
-from ..model.checkpoint import BLOCK_LINEAR, Checkpoint, check_names, open_checkpoint
+from ..model.checkpoint import BLOCK_LINEAR, Checkpoint, check_finite, check_names, open_checkpoint
 from ..model.config import TransformerConfig
 from ..model.packing import Latents, PackedLayout
 from ..model.prompt import TEXT_LIMIT
+from ..model.quant import QuantizedWeight, quantize
 from ..model.rope import rope_bands
 from ..model.transformer import JointTransformer
 from ..model.video_vae import denormalize_latents, normalize_latents
@@ -36,12 +37,15 @@ from ..sampler.plan import SMALL_TENSORS, transformer_activations
 from ..sampler.schedule import SHIFT
 from .latents import check_shapes
 from .operations import operations
+from .quantized import patcher_class
+from .quantized import to_host as to_quantized
 
+FP8 = "float8_e4m3fn"
 # what the linears of the layers are held in at most; "default" is what they compute in
 WEIGHT_DTYPES = {
     "default": None,
     "float32": torch.float32,
-    "float8_e4m3fn": torch.float8_e4m3fn,
+    FP8: torch.float8_e4m3fn,
     "bfloat16": torch.bfloat16,
 }
 LATENTS_PER_TOKEN = 192  # 48 channels of 1 x 2 x 2
@@ -257,7 +261,7 @@ def _load_patcher(
     check_names(checkpoint, checkpoint.build().state_dict())
     asked = WEIGHT_DTYPES[dtype_name]
     compute = asked if asked in (torch.float32, torch.bfloat16) else default_compute_dtype()
-    state = _read_state(checkpoint, asked or compute)
+    state = _read_state(checkpoint, asked or compute, compute)
     return make_patcher(checkpoint.config, checkpoint.variant, state, compute, disable_dynamic)
 
 
@@ -282,22 +286,29 @@ def make_patcher(
     model.diffusion_model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False)
     comfy.model_management.archive_model_dtypes(model.diffusion_model)
-    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     offload = comfy.model_management.unet_offload_device()
+    kind = patcher_class(disable_dynamic)
     return kind(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload)
 
 
-def _read_state(checkpoint: Checkpoint, highest: torch.dtype) -> dict[str, Tensor]:
+def _read_state(
+    checkpoint: Checkpoint, highest: torch.dtype, compute_dtype: torch.dtype
+) -> dict[str, Tensor]:
     """The tensors as they are stored, except that the linears of the layers are taken down to `highest`.
 
-    Nothing is ever cast up.
+    Nothing is ever cast up, but for small tensors that a file has quantised.
     """
     bar = comfy.utils.ProgressBar(len(checkpoint.names))
     state = {}
-    for own, name in checkpoint.names.items():
-        tensor = checkpoint.file.read(name)
-        if BLOCK_LINEAR.match(own) and tensor.dtype.itemsize > highest.itemsize:
-            tensor = tensor.to(highest)
+    for own in checkpoint.names:
+        tensor = checkpoint.read(own)
+        if isinstance(tensor, QuantizedWeight):
+            check_finite(tensor.bounds(), own, checkpoint)
+            kept = checkpoint.keeps_quantized(own)
+            tensor = to_quantized(tensor, compute_dtype) if kept else tensor.dequantize(torch.float32)
+        elif BLOCK_LINEAR.match(own) and tensor.dtype.itemsize > highest.itemsize:
+            fp8 = highest == torch.float8_e4m3fn
+            tensor = to_quantized(quantize(tensor, FP8), compute_dtype) if fp8 else tensor.to(highest)
         state[own] = tensor
         bar.update(1)
     state.setdefault("adapter.rope.bands", rope_bands(checkpoint.config.head_dim))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..model import operations as core
 from ..model.operations import Spans
+from .quantized import to_core
 
 
 def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
@@ -32,11 +33,21 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
             with comfy.ops.CastBiasWeightContext(self, x, offloadable=True) as (weight, _):
                 return core.modality_linear(x, _plain(weight), self.modalities, spans)
 
+    class Embedding(base.Embedding):
+        """A host embedding; of a quantised table only the rows asked for are worked out."""
+
+        def forward(self, tokens: Tensor, **options: Any) -> Tensor:
+            table = to_core(self.weight)
+            if table is None:
+                return super().forward(tokens, **options)
+            rows = table.rows(tokens.to(table.data.device), self.weight.dtype)
+            return rows.to(tokens.device)
+
     return SimpleNamespace(
         Linear=base.Linear,
         Conv2d=base.Conv2d,
         Conv3d=base.Conv3d,
-        Embedding=base.Embedding,
+        Embedding=Embedding,
         ModalityLinear=ModalityLinear,
         ModalityRMSNorm=ModalityRMSNorm,
         WeightNormConv1d=core.WeightNormConv1d,

@@ -10,15 +10,17 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..model.checkpoint import Checkpoint, check_names, load_tokenizer, open_checkpoint
+from ..model.checkpoint import Checkpoint, check_finite, check_names, load_tokenizer, open_checkpoint
 from ..model.config import TextEncoderConfig
 from ..model.geometry import FilmShape
 from ..model.prompt import TextStates, cut_text, encode_tokens, tokens_of
 from ..model.prompt import Tokenizer as CoreTokenizer
+from ..model.quant import QuantizedWeight
 from ..model.text_encoder import TextEncoder
 from ..sampler.plan import activations
 from .model import default_compute_dtype
 from .operations import operations
+from .quantized import to_host
 
 WEIGHT_DTYPES = {"default": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 NAME = "t5gemma"
@@ -118,8 +120,16 @@ def _load(path: Path, dtype_name: str, device: str, disable_dynamic: bool = Fals
 def _read_state(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
     bar = comfy.utils.ProgressBar(len(checkpoint.names))
     state = {}
-    for own, name in checkpoint.names.items():
-        state[own] = checkpoint.file.read(name).to(dtype)
+    for own in checkpoint.names:
+        tensor = checkpoint.read(own)
+        if not isinstance(tensor, QuantizedWeight):
+            tensor = tensor.to(dtype)
+        elif checkpoint.keeps_quantized(own):
+            check_finite(tensor.bounds(), own, checkpoint)
+            tensor = to_host(tensor, dtype)
+        else:
+            tensor = tensor.dequantize(dtype)
+        state[own] = tensor
         bar.update(1)
     return state
 

@@ -106,6 +106,12 @@ def test_other_files_and_other_models_folders_stay_out(models: Path) -> None:
     assert real("video_vae") == []
 
 
+def test_gguf_files_of_transformers_and_text_encoders_are_offered(models: Path) -> None:
+    put(models, "diffusion_models/gguf/distill-Q4_0.gguf", "text_encoders/t5gemma-9b-9b-ul2-Q6_K.gguf")
+    assert real("transformer") == ["gguf/distill-Q4_0.gguf"]
+    assert real("text_encoder") == ["t5gemma-9b-9b-ul2-Q6_K.gguf"]
+
+
 def test_both_slashes_resolve(models: Path) -> None:
     put(models, "diffusion_models/sub/distill.safetensors")
     file = models / "diffusion_models" / "sub" / "distill.safetensors"

@@ -1,0 +1,103 @@
+"""Quantised weights in the host: the same velocities as in the core, and patches that lose nothing."""
+
+import json
+from pathlib import Path
+
+import comfy.model_management
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from happyhorse.model.checkpoint import BLOCK_LINEAR, load, open_checkpoint
+from happyhorse.model.config import PONY
+from happyhorse.model.packing import Latents, PackedLayout
+from happyhorse.model.quant import quantize
+from happyhorse.nodes.model import load_model
+
+CONFIG = PONY.transformers["distill"]
+KEY = "diffusion_model.block.layers.2.attention.linear_qkv.weight"
+
+
+@pytest.fixture(scope="module")
+def quantized_pony(pony_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The distilled pony in float8 with a scale for each row."""
+    source = open_checkpoint(pony_folder / "distill")
+    state = {}
+    for own in source.names:
+        tensor = source.read(own)
+        if BLOCK_LINEAR.match(own):
+            weight = quantize(tensor, "float8_e4m3fn")
+            state |= {own: weight.data, own.replace(".weight", ".weight_scale"): weight.scale}
+        else:
+            state[own] = tensor
+    path = tmp_path_factory.mktemp("quantized") / "distill.safetensors"
+    save_file(state, path, {"config": json.dumps(CONFIG.to_dict()), "variant": "distill"})
+    return path
+
+
+def inputs() -> tuple[Latents, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    latents = Latents(
+        torch.randn(1, 48, 3, 4, 4, generator=generator), torch.randn(1, 9, 64, generator=generator)
+    )
+    return latents, torch.randn(1, 7, CONFIG.text_in_channels, generator=generator)
+
+
+def host_velocity(patcher: object) -> Tensor:
+    """The velocity of the model of a patcher, loaded by the host as for sampling."""
+    latents, text = inputs()
+    comfy.model_management.load_models_gpu([patcher])
+    with torch.inference_mode():
+        streams = patcher.model.diffusion_model([latents.video, latents.audio.mT], torch.ones(1), text)
+    return torch.cat([streams[0].flatten(), streams[1].mT.flatten()])
+
+
+def core_velocity(path: Path, patches: dict | None = None) -> Tensor:
+    module, (latents, text) = load(open_checkpoint(path), torch.float32, patches=patches or {}), inputs()
+    with torch.inference_mode():
+        velocity = module(latents, text, PackedLayout.of(latents, text, CONFIG.coords_style))
+    return torch.cat([stream.flatten() for stream in velocity])
+
+
+def test_a_quantised_model_computes_in_the_host_as_in_the_core(quantized_pony: Path) -> None:
+    patcher = load_model(quantized_pony, None, "default")
+    assert torch.equal(host_velocity(patcher), core_velocity(quantized_pony))
+    stored = patcher.model.diffusion_model.block.layers[1].mlp.down_proj.weight
+    assert stored._qdata.dtype == torch.float8_e4m3fn
+    in_core = load(open_checkpoint(quantized_pony), torch.bfloat16).state_dict()
+    assert patcher.model_size() < 1.1 * sum(tensor.nbytes for tensor in in_core.values())  # none is widened
+
+
+def test_patches_of_quantised_weights_lose_nothing_and_leave_no_trace(quantized_pony: Path) -> None:
+    patcher = load_model(quantized_pony, None, "default")
+    before = host_velocity(patcher)
+    generator = torch.Generator().manual_seed(2)
+    shape = open_checkpoint(quantized_pony).shape(KEY.removeprefix("diffusion_model."))
+    delta = 0.001 * torch.randn(shape, generator=generator)  # far below the steps of float8
+    plain = "diffusion_model.final_linear_video.weight"
+    changed = patcher.clone()
+    known = changed.add_patches(
+        {KEY: ("diff", (delta,)), plain: ("diff", (torch.ones(192, 160),)), "none": None}
+    )
+    assert set(known) == {KEY, plain}
+    patches = {
+        KEY.removeprefix("diffusion_model."): [lambda weight: weight + delta],
+        plain.removeprefix("diffusion_model."): [lambda weight: weight + 1],
+    }
+    want = core_velocity(quantized_pony, patches)
+    got = host_velocity(changed)
+    assert (got - want).norm() / want.norm() < 1e-5
+    assert torch.equal(host_velocity(patcher), before)
+    nothing = patcher.clone()
+    nothing.add_patches({KEY: ("diff", (delta,))}, strength_patch=0.0)
+    assert torch.equal(host_velocity(nothing), before)
+
+
+def test_clones_with_other_patches_are_not_taken_for_the_same(quantized_pony: Path) -> None:
+    patcher = load_model(quantized_pony, None, "default")
+    changed = patcher.clone()
+    assert patcher.clone_has_same_weights(changed)
+    changed.add_patches({KEY: ("diff", (torch.zeros(1),))})
+    assert not patcher.clone_has_same_weights(changed)
+    assert changed.clone_has_same_weights(changed.clone())

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from ..kernels.scaled_matmul import has_scaled_matmul
 from . import audio_vae, video_decoder
 from .audio_vae import AudioVAE
 from .config import (
@@ -24,8 +25,8 @@ from .config import (
     VideoDecoderConfig,
     VideoVAEConfig,
 )
-from .key_maps import KEY_MAPS, recognise
-from .operations import Embedding
+from .key_maps import KEY_MAPS, added, recognise
+from .operations import Embedding, ModalityLinear
 from .prompt import Tokenizer
 from .quant import QuantizedWeight, Stored, WeightPatch, block_bytes, find_quantized, read_quantized
 from .rope import rope_bands
@@ -91,7 +92,8 @@ class Checkpoint:
         name = self.names[own]
         if own in self.quantized:
             return read_quantized(self.file, name, self.quantized[own])
-        return self.file.read(name)
+        tensor, more = self.file.read(name), added(name)
+        return tensor - more if more else tensor
 
     def keeps_quantized(self, own: str) -> bool:
         """Whether a tensor stays quantised once it is loaded."""
@@ -275,16 +277,17 @@ def load(
     module = checkpoint.build(dtype, network)
     expected = module.state_dict()
     check_names(checkpoint, expected)
+    fast_float8 = has_scaled_matmul(torch.device(device))
     for done, own in enumerate(expected):
         progress(done, len(expected))
         home = torch.device("cpu") if layers_on_cpu and re.match(r"(block\.)?layers\.", own) else device
         if own in checkpoint.names:
             changes = tuple(patches.get(own, ()))
             value = _read_for_use(checkpoint, own, dtype, home, changes)
-            _place(module, own, value, changes, dtype)
+            _place(module, own, value, changes, dtype, fast_float8)
         else:
             bands = rope_bands(checkpoint.config.head_dim)  # the one optional tensor
-            _place(module, own, bands.to(home), (), dtype)
+            _place(module, own, bands.to(home), (), dtype, fast_float8)
     progress(len(expected), len(expected))
     return module.requires_grad_(False).eval()
 
@@ -318,11 +321,14 @@ def _place(
     value: Tensor | QuantizedWeight,
     patches: Sequence[WeightPatch],
     dtype: torch.dtype,
+    fast_float8: bool,
 ) -> None:
     """Put a tensor into its module; `patches` are for quantised ones, the others have them already."""
     owner, _, leaf = own.rpartition(".")
     owner = module.get_submodule(owner)
     if isinstance(value, QuantizedWeight):
+        if fast_float8 and isinstance(owner, ModalityLinear):
+            value = value.aligned(owner.modalities)
         owner.hold(value, patches)
         if isinstance(owner, Embedding):
             owner.compute_dtype = dtype

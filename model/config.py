@@ -78,6 +78,10 @@ class TransformerConfig(Config):
         """Channels of the video latents, of which 2 x 2 make a token."""
         return self.video_in_channels // 4
 
+    def copies(self, layer: int) -> int:
+        """Copies of a layer's weights, one for each modality or one for all."""
+        return 3 if layer in self.mm_layers else 1
+
     def inner_width(self, layer: int) -> int:
         """Width between the two linears of a layer's feed-forward."""
         return 4 * self.hidden_size if layer in self.gelu7_layers else 8 * self.hidden_size // 3 // 4 * 4

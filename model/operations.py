@@ -27,7 +27,7 @@ class QuantizableLeaf(nn.Module):
     `patches` change a quantised weight whenever it is used.
     """
 
-    quantization: tuple[str, torch.Size] | None = None  # format, and shape of the weight
+    quantization: tuple[str, torch.Size, int] | None = None  # format, shape and copies of the weight
     patches: tuple[WeightPatch, ...] = ()
 
     def hold(self, weight: QuantizedWeight, patches: Iterable[WeightPatch] = ()) -> None:
@@ -35,7 +35,8 @@ class QuantizableLeaf(nn.Module):
         self.weight = nn.Parameter(weight.data, requires_grad=False)
         scale = None if weight.scale is None else nn.Parameter(weight.scale, requires_grad=False)
         self.register_parameter("weight_scale", scale)
-        self.quantization, self.patches = (weight.format, weight.shape), tuple(patches)
+        self.quantization = (weight.format, weight.shape, weight.copies)
+        self.patches = tuple(patches)
 
     @property
     def quantized(self) -> QuantizedWeight | None:
@@ -129,8 +130,15 @@ def _rows(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.flatten(0, 1), weight).unflatten(0, x.shape[:2])
 
 
-def modality_linear(x: Tensor, weight: Tensor, modalities: int, spans: Spans) -> Tensor:
-    """The product of `ModalityLinear`, `weight` being in the dtype of `x`."""
+def modality_linear(x: Tensor, weight: Tensor | QuantizedWeight, modalities: int, spans: Spans) -> Tensor:
+    """The product of `ModalityLinear`, `weight` being in the dtype of `x` or as it is stored."""
+    if isinstance(weight, QuantizedWeight):
+        if weight.is_fast_for(x):
+            weight = weight.aligned(modalities)
+            spans = spans if modalities > 1 else ((0, x.shape[1]),)
+            parts = [weight.linear(x[:, start:stop], copy) for copy, (start, stop) in enumerate(spans)]
+            return torch.cat(parts, dim=1)
+        weight = weight.dequantize(x.dtype)
     if modalities == 1:
         return F.linear(x, weight)
     copies = zip(spans, weight.chunk(modalities), strict=True)
@@ -159,7 +167,8 @@ class ModalityLinear(QuantizableLeaf):
         self.weight = nn.Parameter(torch.empty(modalities * out_features, in_features))
 
     def forward(self, x: Tensor, spans: Spans) -> Tensor:
-        return modality_linear(x, self.weight_in(x.dtype), self.modalities, spans)
+        weight = self.weight_in(x.dtype) if self.patches else self.quantized or self.weight.to(x.dtype)
+        return modality_linear(x, weight, self.modalities, spans)
 
 
 class ModalityRMSNorm(nn.Module):

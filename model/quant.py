@@ -6,12 +6,13 @@ A quantised weight is kept as it is stored; its values are worked out anew whene
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.scaled_matmul import has_scaled_matmul, next_multiple, pad_linear, scaled_linear
 from .gguf_blocks import BLOCKS, block_scales, dequantize_blocks
 from .weight_files import WeightFile
 
@@ -42,36 +43,59 @@ class QuantizedWeight:
 
     `data` holds its values, [rows, columns], or for GGUF bytes, uint8: [rows, bytes of a row], or [bytes]
     where a row is no whole number of blocks. A value is multiplied by `scale`, float32 of [] or [rows, 1],
-    or None.
+    or None. Behind the rows of each of `copies` and behind each row there may be zeros (see `aligned`).
     """
 
     data: Tensor
     scale: Tensor | None
     format: str
     shape: torch.Size
+    copies: int = 1
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The values, worked out in float32 and rounded once."""
         if self.format in BLOCKS:
             return dequantize_blocks(self.data, self.format, dtype).reshape(self.shape)
-        if self.scale is None:
-            return self.data.to(dtype)
-        out = torch.empty(self.shape, dtype=dtype, device=self.data.device)
-        return torch.mul(self.data.to(dtype), self.scale, out=out)
+        values = self.data.to(dtype)
+        if self.scale is not None:
+            torch.mul(values, self.scale, out=values)
+        rows, columns = self.shape[0] // self.copies, self.shape[1:]
+        if values.shape != self.shape:
+            values = values.unflatten(0, (self.copies, -1))[:, :rows, : columns.numel()].reshape(self.shape)
+        return values
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The values of some rows: `index` of any shape -> [*index.shape, columns]."""
         flat = index.flatten()
         scale = self.scale if self.scale is None or not self.scale.ndim else self.scale[flat]
-        chosen = QuantizedWeight(
-            self.data[flat], scale, self.format, torch.Size((len(flat), *self.shape[1:]))
-        )
+        shape = torch.Size((len(flat), *self.shape[1:]))
+        chosen = replace(self, data=self.data[flat], scale=scale, shape=shape)
         return chosen.dequantize(dtype).unflatten(0, index.shape)
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
         """The same on another device."""
         scale = None if self.scale is None else self.scale.to(device)
-        return QuantizedWeight(self.data.to(device), scale, self.format, self.shape)
+        return replace(self, data=self.data.to(device), scale=scale)
+
+    def aligned(self, copies: int) -> "QuantizedWeight":
+        """The same; if of float8, with the zeros that fast products want behind each stacked copy."""
+        if self.format not in FLOAT8:
+            return self
+        rows, columns = self.shape[0] // copies, self.shape[1]
+        padded = pad_linear(self.data, self.scale, next_multiple(rows), next_multiple(columns), copies)
+        return replace(self, data=padded[0], scale=padded[1], copies=copies)
+
+    def is_fast_for(self, x: Tensor) -> bool:
+        """Whether the device of `x` [..., columns] multiplies it with the stored values."""
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        return self.format in FLOAT8 and half and has_scaled_matmul(x.device)
+
+    def linear(self, x: Tensor, copy: int = 0) -> Tensor:
+        """`x` [..., columns] times one copy of the weight, with activations in float8 too -> [..., rows]."""
+        data, scale = self.data.chunk(self.copies)[copy], self.scale
+        if scale is not None and scale.ndim:
+            scale = scale.chunk(self.copies)[copy]
+        return scaled_linear(x, data, scale)[..., : self.shape[0] // self.copies]
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ the attention compute in `compute_dtype` (bfloat16 as published, or float32).
 Letters: B batch, S packed tokens, D model width, N query heads, K key/value heads, H head size.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
 
@@ -123,10 +124,24 @@ class TransformerLayer(nn.Module):
         self.attention = Attention(config, index, operations, compute_dtype)
         self.mlp = MLP(config, index, operations, compute_dtype)
 
-    def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout, attend: AttentionFunction) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        layout: PackedLayout,
+        attend: AttentionFunction,
+        piece: int | None = None,
+    ) -> Tensor:
+        """The layer; with `piece`, of so many tokens at a time, equal but for rounding."""
         # the norms in front sit inside, as in the published weights
-        x = x + self.attention(x, rope, layout, attend)
-        return x + self.mlp(x, layout)
+        if piece is None:
+            x = x + self.attention(x, rope, layout, attend)
+            return x + self.mlp(x, layout)
+        x = self.attention.added_in_pieces(x, rope, layout, attend, piece)
+        for start in range(0, x.shape[1], piece):
+            part = x[:, start : start + piece]
+            part += self.mlp.piece(part, _clip(layout.spans, start, start + piece))
+        return x
 
 
 class Attention(nn.Module):
@@ -136,7 +151,7 @@ class Attention(nn.Module):
         self, config: TransformerConfig, index: int, operations: ModuleType, compute_dtype: torch.dtype
     ) -> None:
         super().__init__()
-        width, modalities = config.hidden_size, 3 if index in config.mm_layers else 1
+        width, modalities = config.hidden_size, config.copies(index)
         self.head_dim = config.head_dim
         gates = config.num_heads if config.enable_attn_gating else 0
         groups = config.num_query_groups * config.head_dim
@@ -150,16 +165,44 @@ class Attention(nn.Module):
         self.linear_proj = operations.ModalityLinear(width, width, modalities)
 
     def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout, attend: AttentionFunction) -> Tensor:
-        spans, dtype = layout.spans, self.compute_dtype
-        qkvg = self.linear_qkv(self.pre_norm(x, spans).to(dtype), spans)
+        q_BNSH, k_BKSH, v_BKSH, gate = self.heads(x, rope, layout.spans)
+        out = attend(q_BNSH, k_BKSH, v_BKSH, self.window(layout))
+        return self.merged(out, gate, layout.spans)
+
+    def heads(self, x: Tensor, rope: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values, the first two rotated, and the gates [B, S, N]."""
+        qkvg = self.linear_qkv(self.pre_norm(x, spans).to(self.compute_dtype), spans)
         q, k, v, gate = qkvg.split(self.sections, dim=-1)
         q, k, v = (rearrange(t, "b s (n h) -> b s n h", h=self.head_dim) for t in (q, k, v))
-        q_BNSH = apply_rope(self.q_norm(q.float(), spans).transpose(1, 2), rope).to(dtype)
-        k_BKSH = apply_rope(self.k_norm(k.float(), spans).transpose(1, 2), rope).to(dtype)
-        out = attend(q_BNSH, k_BKSH, v.transpose(1, 2), self.window(layout)).transpose(1, 2)
+        q_BNSH = apply_rope(self.q_norm(q.float(), spans).transpose(1, 2), rope).to(self.compute_dtype)
+        k_BKSH = apply_rope(self.k_norm(k.float(), spans).transpose(1, 2), rope).to(self.compute_dtype)
+        return q_BNSH, k_BKSH, v.transpose(1, 2), gate
+
+    def merged(self, out_BNSH: Tensor, gate: Tensor, spans: Spans) -> Tensor:
+        """The heads' outputs gated and put together: [B, S, D]."""
+        out = out_BNSH.transpose(1, 2)
         if gate.shape[-1]:
-            out = (out.float() * gate.float().sigmoid().unsqueeze(-1)).to(dtype)
+            out = (out.float() * gate.float().sigmoid().unsqueeze(-1)).to(self.compute_dtype)
         return self.linear_proj(out.flatten(2), spans)
+
+    def added_in_pieces(
+        self, x: Tensor, rope: Tensor, layout: PackedLayout, attend: AttentionFunction, piece: int
+    ) -> Tensor:
+        """A new x + attention(x), made `piece` tokens at a time; only heads and result are whole."""
+        (batch, tokens, _), width = x.shape, self.head_dim
+        shapes = [(batch, section // width, tokens, width) for section in self.sections[:3]]
+        shapes.append((batch, tokens, self.sections[3]))
+        q, k, v, gate = (torch.empty(s, dtype=self.compute_dtype, device=x.device) for s in shapes)
+        for start in range(0, tokens, piece):
+            part = slice(start, min(start + piece, tokens))
+            heads = self.heads(x[:, part], rope[part], _clip(layout.spans, part.start, part.stop))
+            q[:, :, part], k[:, :, part], v[:, :, part], gate[:, part] = heads
+        out = torch.empty_like(x)
+        for start, stop, keys, values in _seen(self.window(layout), k, v, piece):
+            heads = attend(q[:, :, start:stop], keys, values, None)
+            part = self.merged(heads, gate[:, start:stop], _clip(layout.spans, start, stop))
+            out[:, start:stop] = x[:, start:stop] + part
+        return out
 
     def window(self, layout: PackedLayout) -> FrameWindow | None:
         """The window of a local layer, None for a layer that sees everything."""
@@ -175,7 +218,7 @@ class MLP(nn.Module):
         self, config: TransformerConfig, index: int, operations: ModuleType, compute_dtype: torch.dtype
     ) -> None:
         super().__init__()
-        width, modalities = config.hidden_size, 3 if index in config.mm_layers else 1
+        width, modalities = config.hidden_size, config.copies(index)
         inner = config.inner_width(index)
         gated = index not in config.gelu7_layers
         self.activation = swiglu7 if gated else gelu7
@@ -196,6 +239,21 @@ class MLP(nn.Module):
         """The feed-forward of some of the tokens; every token is on its own here."""
         up = self.up_gate_proj(self.pre_norm(x, spans).to(self.compute_dtype), spans)
         return self.down_proj(self.activation(up.float()).to(self.compute_dtype), spans)
+
+
+def _seen(
+    window: FrameWindow | None, k: Tensor, v: Tensor, piece: int
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(start, stop) of at most `piece` queries, and the keys and values that all of them see."""
+    video = window.frames * window.tokens_per_frame if window else 0
+    for frame in range(window.frames if window else 0):
+        size, first = window.tokens_per_frame, max(0, frame - window.radius)
+        near = slice(first * size, min(video, (frame + window.radius + 1) * size))
+        keys, values = (torch.cat((t[:, :, near], t[:, :, video:]), dim=2) for t in (k, v))
+        for start in range(frame * size, (frame + 1) * size, piece):
+            yield start, min(start + piece, (frame + 1) * size), keys, values
+    for start in range(video, k.shape[2], piece):
+        yield start, min(start + piece, k.shape[2]), k, v
 
 
 def _clip(spans: Spans, start: int, stop: int) -> Spans:

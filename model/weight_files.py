@@ -1,4 +1,4 @@
-"""Files of tensors on disk: safetensors (one file or shards with an index) and plain pickled dictionaries.
+"""Files of tensors on disk: safetensors (one file or shards with an index), GGUF, plain pickled dictionaries.
 
 Opening one reads names, shapes and metadata only; tensors are read one by one.
 """
@@ -20,7 +20,8 @@ from torch import Tensor
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 ACCEPTED = (
-    "a .safetensors file, a folder of them with model.safetensors.index.json, or a .pth/.ckpt of tensors"
+    "a .safetensors or .gguf file, a folder of shards with model.safetensors.index.json, "
+    "or a .pth/.ckpt of tensors"
 )
 
 
@@ -60,18 +61,28 @@ def open_weights(path: Path) -> WeightFile:
         raise ValueError(f"{path} is compressed; decompress it first: zstd -d {path}")
     if path.suffix in (".safetensors", ".sft"):
         return SafetensorsFile(path, {path: []})
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
     if path.suffix in PICKLES:
         return PickledFile(path)
     raise ValueError(f"{path} is not a checkpoint this program reads; give {ACCEPTED}")
+
+
+def _open_gguf(path: Path) -> WeightFile:
+    from .gguf_file import GgufFile  # which builds on this file
+
+    return GgufFile(path)
 
 
 def _open_folder(folder: Path) -> WeightFile:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) == 1:
         return SafetensorsFile(folder, _shards(indexes[0]))
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", *PICKLES))
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf", *PICKLES))
     if len(files) == 1:
         file = files[0]
+        if file.suffix == ".gguf":
+            return _open_gguf(file)
         return PickledFile(file) if file.suffix in PICKLES else SafetensorsFile(folder, {file: []})
     if compressed := sorted(folder.glob("*.zst")):
         raise ValueError(

@@ -25,6 +25,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor
 
 from ..kernels.attention import FrameWindow, attention, attention_by
+from ..kernels.scaled_matmul import has_scaled_matmul
 from ..model.checkpoint import BLOCK_LINEAR, Checkpoint, check_finite, check_names, open_checkpoint
 from ..model.config import TransformerConfig
 from ..model.packing import Latents, PackedLayout
@@ -304,11 +305,14 @@ def _read_state(
         tensor = checkpoint.read(own)
         if isinstance(tensor, QuantizedWeight):
             check_finite(tensor.bounds(), own, checkpoint)
-            kept = checkpoint.keeps_quantized(own)
-            tensor = to_quantized(tensor, compute_dtype) if kept else tensor.dequantize(torch.float32)
+            if not checkpoint.keeps_quantized(own):
+                tensor = tensor.dequantize(torch.float32)
         elif BLOCK_LINEAR.match(own) and tensor.dtype.itemsize > highest.itemsize:
-            fp8 = highest == torch.float8_e4m3fn
-            tensor = to_quantized(quantize(tensor, FP8), compute_dtype) if fp8 else tensor.to(highest)
+            tensor = quantize(tensor, FP8) if highest == torch.float8_e4m3fn else tensor.to(highest)
+        if isinstance(tensor, QuantizedWeight):
+            if has_scaled_matmul(comfy.model_management.get_torch_device()):
+                tensor = tensor.aligned(checkpoint.config.copies(int(own.split(".")[2])))
+            tensor = to_quantized(tensor, compute_dtype)
         state[own] = tensor
         bar.update(1)
     state.setdefault("adapter.rope.bands", rope_bands(checkpoint.config.head_dim))

@@ -27,11 +27,9 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
             self.modalities = modalities
 
         def forward(self, x: Tensor, spans: Spans) -> Tensor:
-            if self.modalities == 1:
-                return super().forward(x)
             comfy.ops.run_every_op()
             with comfy.ops.CastBiasWeightContext(self, x, offloadable=True) as (weight, _):
-                return core.modality_linear(x, _plain(weight), self.modalities, spans)
+                return core.modality_linear(x, to_core(weight) or weight, self.modalities, spans)
 
     class Embedding(base.Embedding):
         """A host embedding; of a quantised table only the rows asked for are worked out."""
@@ -53,11 +51,6 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
         WeightNormConv1d=core.WeightNormConv1d,
         WeightNormConvTranspose1d=core.WeightNormConvTranspose1d,
     )
-
-
-def _plain(weight: Tensor) -> Tensor:
-    # the products of single copies need the values; the host's quantised products take whole weights only
-    return weight.dequantize() if isinstance(weight, comfy.ops.QuantizedTensor) else weight
 
 
 class ModalityRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):

@@ -30,6 +30,7 @@ class Layout(QuantizedLayout):
         """The scale, or None; `orig_dtype` is what the values are worked out in."""
 
         format: str
+        copies: int
 
         def _tensor_fields(self) -> list[str]:
             return [] if self.scale is None else ["scale"]
@@ -45,7 +46,7 @@ class Layout(QuantizedLayout):
                 f"{', '.join(WRITTEN)} for that"
             )
         weight = quantize(tensor, format)
-        return weight.data, cls.Params(weight.scale, tensor.dtype, tuple(tensor.shape), format)
+        return weight.data, _params(weight, tensor.dtype)
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
@@ -55,8 +56,7 @@ class Layout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: Tensor, params: "Layout.Params") -> Tensor:
         """The values."""
-        weight = QuantizedWeight(qdata, params.scale, params.format, torch.Size(params.orig_shape))
-        return weight.dequantize(params.orig_dtype)
+        return _weight(qdata, params).dequantize(params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, Tensor | None]:
@@ -74,16 +74,22 @@ register_layout_class(LAYOUT, Layout)
 
 def to_host(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedTensor:
     """A quantised weight for the host; its values are worked out in `dtype`."""
-    params = Layout.Params(weight.scale, dtype, tuple(weight.shape), weight.format)
-    return QuantizedTensor(weight.data, LAYOUT, params)
+    return QuantizedTensor(weight.data, LAYOUT, _params(weight, dtype))
 
 
 def to_core(tensor: Tensor) -> QuantizedWeight | None:
     """What `to_host` was given; None for any other tensor."""
     if not isinstance(tensor, QuantizedTensor) or tensor._layout_cls != LAYOUT:
         return None
-    params = tensor.params
-    return QuantizedWeight(tensor._qdata, params.scale, params.format, torch.Size(params.orig_shape))
+    return _weight(tensor._qdata, tensor.params)
+
+
+def _params(weight: QuantizedWeight, dtype: torch.dtype) -> Layout.Params:
+    return Layout.Params(weight.scale, dtype, tuple(weight.shape), weight.format, weight.copies)
+
+
+def _weight(data: Tensor, params: Layout.Params) -> QuantizedWeight:
+    return QuantizedWeight(data, params.scale, params.format, torch.Size(params.orig_shape), params.copies)
 
 
 class _Patch:

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from happyhorse.model import quant
 from happyhorse.model.checkpoint import BLOCK_LINEAR, describe, load, open_checkpoint
 from happyhorse.model.config import PONY, TransformerConfig
+from happyhorse.model.operations import ModalityLinear
 from happyhorse.model.packing import Latents, PackedLayout
-from happyhorse.model.quant import FLOAT8, quantize
+from happyhorse.model.quant import FLOAT8, QuantizedWeight, quantize
 from happyhorse.model.transformer import JointTransformer
 from happyhorse.pony import random_weight
 
@@ -167,6 +169,38 @@ def test_unscaled_fp8_stays_as_it_is_and_all_else_is_widened(tmp_path: Path, sta
     plain = {name: tensor.float() for name, tensor in files.items()}
     reference = load(open_checkpoint(save(tmp_path / "plain.safetensors", plain)), torch.bfloat16)
     assert difference(velocity(module), velocity(reference)) == 0
+
+
+@pytest.mark.parametrize("scale_of", [None, by_tensor, by_row])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_zeros_behind_copies_change_no_value(
+    copies: int, scale_of: Callable[[Tensor, float], Tensor] | None
+) -> None:
+    values = torch.randn(copies * 21, 27)
+    scale = None if scale_of is None else scale_of(values, 448.0)
+    data = (values if scale is None else values / scale).to(torch.float8_e4m3fn)
+    weight = QuantizedWeight(data, scale, "float8_e4m3fn", data.shape)
+    padded = weight.aligned(copies)
+    assert padded.data.shape == (copies * 32, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(padded.dequantize(dtype), weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("modalities", [1, 3])
+def test_a_layer_may_multiply_stored_values(monkeypatch: pytest.MonkeyPatch, modalities: int) -> None:
+    leaf = ModalityLinear(48, 21, modalities)
+    weight = quantize(torch.randn(modalities * 21, 48), "float8_e4m3fn")
+    x, spans = torch.randn(2, 9, 48, dtype=torch.bfloat16), ((0, 4), (4, 6), (6, 9))
+    leaf.hold(weight)
+    want = leaf(x, spans)
+    monkeypatch.setattr(quant, "has_scaled_matmul", lambda device: device.type == "cpu")
+    for held in (weight, weight.aligned(modalities)):
+        leaf.hold(held)
+        got = leaf(x, spans)
+        assert got.shape == want.shape
+        assert 1e-4 < (got - want).norm() / want.norm() < 0.05  # the activations are in float8, too
+    leaf.hold(weight, [lambda values: values])
+    assert torch.equal(leaf(x, spans), want)
 
 
 # How exact

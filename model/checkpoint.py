@@ -93,7 +93,7 @@ class Checkpoint:
         if own in self.quantized:
             return read_quantized(self.file, name, self.quantized[own])
         tensor, more = self.file.read(name), added(name)
-        return tensor - more if more else tensor
+        return tensor.float() - more if more else tensor
 
     def keeps_quantized(self, own: str) -> bool:
         """Whether a tensor stays quantised once it is loaded."""

@@ -30,7 +30,8 @@ class HappyHorseLoadModel(io.ComfyNode):
                 io.Combo.Input(
                     "model",
                     options=files.choices("transformer"),
-                    tooltip=f"A file or a folder of shards in models/diffusion_models. {WHERE}",
+                    tooltip="A file (.safetensors, .gguf) or a folder of shards in models/diffusion_models, "
+                    f"quantised or not. {WHERE}",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -80,8 +81,8 @@ class HappyHorseLoadTextEncoder(io.ComfyNode):
                 io.Combo.Input(
                     "text_encoder",
                     options=files.choices("text_encoder"),
-                    tooltip="A folder or a file in models/text_encoders, with tokenizer.json beside it. "
-                    f"{WHERE}",
+                    tooltip="A folder or a file (.safetensors or .gguf) in models/text_encoders, with "
+                    f"tokenizer.json beside it or inside it. {WHERE}",
                 ),
                 io.Combo.Input(
                     "weight_dtype",

@@ -1,9 +1,11 @@
 """Quantised weights: every naming that files use, what a layer makes of them, and how exact they are."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from happyhorse.model.quant import FLOAT8, QuantizedWeight, quantize
 from happyhorse.model.transformer import JointTransformer
 from happyhorse.pony import random_weight
 
+log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 CONFIG = PONY.transformers["distill"]
 # the published widths and layers by an eighth, as far as head size and groups allow
@@ -64,6 +67,13 @@ def state() -> State:
     return random_state(CONFIG)
 
 
+def relative_error(got: State, want: State) -> float:
+    """Of the linears of all layers together."""
+    names = linears(want)
+    errors = sum(float((got[name] - want[name].float()).square().sum()) for name in names)
+    return (errors / sum(float(want[name].float().square().sum()) for name in names)) ** 0.5
+
+
 def linears(state: State) -> list[str]:
     return [name for name in state if BLOCK_LINEAR.match(name)]
 
@@ -103,7 +113,12 @@ NAMINGS: dict[str, Callable[[str], str]] = {
 
 
 def quantized_file(
-    path: Path, state: State, naming: str, granularity: Callable[[Tensor, float], Tensor], format: str
+    path: Path,
+    state: State,
+    naming: str,
+    granularity: Callable[[Tensor, float], Tensor],
+    format: str,
+    config: TransformerConfig = CONFIG,
 ) -> tuple[Path, State]:
     """A file as its publisher would write it, and the plain weights that it stands for."""
     kind = FLOAT8.get(format, torch.int8)
@@ -125,7 +140,7 @@ def quantized_file(
     if naming == "scale_weight":
         files["scaled_fp8"] = torch.empty(2, dtype=FLOAT8[format])
     header = {"_quantization_metadata": json.dumps(metadata)} if metadata else {}
-    return save(path, files, **header), plain
+    return save(path, files, config, **header), plain
 
 
 @pytest.mark.parametrize(
@@ -206,22 +221,60 @@ def test_a_layer_may_multiply_stored_values(monkeypatch: pytest.MonkeyPatch, mod
 # How exact
 
 
+def gguf_file(path: Path, state: State, config: TransformerConfig, kind: str) -> tuple[Path, State]:
+    """A file as the gguf package writes it, flat where rows are no whole blocks, and its plain weights."""
+    writer, plain = gguf.GGUFWriter(path, "happyhorse"), dict(state)
+    writer.add_string("happyhorse.config", json.dumps(config.to_dict()))
+    writer.add_string("happyhorse.variant", "distill")
+    for name, tensor in state.items():
+        values, quantized = tensor.float().numpy(), gguf.GGMLQuantizationType[kind]
+        if not BLOCK_LINEAR.match(name):
+            writer.add_tensor(name, values)
+            continue
+        if values.shape[1] % 32:
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(values.shape))
+            values = values.reshape(-1)
+        data = gguf.quants.quantize(values, quantized)
+        plain[name] = torch.from_numpy(gguf.quants.dequantize(data, quantized)).reshape(tensor.shape)
+        writer.add_tensor(name, data, raw_dtype=quantized)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, plain
+
+
+FORMATS = {  # format -> how its file is made, and the least and largest error of its weights
+    "float8_e4m3fn": ("comfy_quant", by_row, (0.02, 0.03)),
+    "float8_e4m3fn, one scale": ("__fp8_scale", by_tensor, (0.02, 0.03)),
+    "float8_e5m2": ("comfy_quant", by_row, (0.04, 0.06)),
+    "int8": ("comfy_quant", by_row, (0.002, 0.02)),
+    "Q8_0": (None, None, (0.002, 0.01)),
+    "Q5_0": (None, None, (0.02, 0.06)),
+    "Q4_0": (None, None, (0.05, 0.12)),
+}
+
+
 @pytest.mark.parametrize("config", [CONFIG, EIGHTH], ids=["pony", "eighth"])
-def test_velocities_are_about_as_exact_as_weights_of_float8(
-    tmp_path: Path, config: TransformerConfig
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_velocities_are_about_as_exact_as_weights(
+    tmp_path: Path, config: TransformerConfig, format: str
 ) -> None:
-    state = random_state(config)
+    state, (naming, granularity, (least, largest)) = random_state(config), FORMATS[format]
+    path, kind = tmp_path / "distill.gguf", format.partition(",")[0]
+    if naming is None:
+        path, plain = gguf_file(path, state, config, kind)
+    else:
+        path = path.with_suffix(".safetensors")
+        path, plain = quantized_file(path, state, naming, granularity, kind, config)
+    module = load(open_checkpoint(path), torch.float32)
+    held = {name: module.get_submodule(name.removesuffix(".weight")) for name in linears(state)}
+    weight_error = relative_error({name: leaf.weight_in(torch.float32) for name, leaf in held.items()}, state)
+    assert weight_error == pytest.approx(relative_error(plain, state), rel=1e-3)
+    assert least < weight_error < largest
     reference = load(open_checkpoint(save(tmp_path / "plain.safetensors", state, config)), torch.float32)
-    files, errors = dict(state), []
-    for name in linears(state):
-        weight = quantize(state[name], "float8_e4m3fn")
-        files |= {name: weight.data, name.replace(".weight", ".weight_scale"): weight.scale}
-        errors.append(weight.dequantize(torch.float32) - state[name].float())
-    squares = sum(float(state[name].float().square().sum()) for name in linears(state))
-    weight_error = (sum(float(error.square().sum()) for error in errors) / squares) ** 0.5
-    module = load(open_checkpoint(save(tmp_path / "distill.safetensors", files, config)), torch.float32)
     error = difference(velocity(module), velocity(reference))
-    assert 0.02 < weight_error < 0.03  # e4m3 has three bits of mantissa
+    log.info("%s: weights %.4f, velocities %.4f", format, weight_error, error)
     assert error < 3 * weight_error, (error, weight_error)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `happyhorse generate`, `happyhorse inspect`, `happyhorse doctor`."""
+"""The command line: `happyhorse generate`, `inspect`, `doctor`, `convert` and `lora`."""
 
 import argparse
 import json
@@ -14,11 +14,15 @@ import torch
 from tqdm import tqdm
 
 from . import __version__
+from .convert_cli import run_convert
 from .doctor import doctor, part_path
+from .kernels.attention import attention_backend
+from .lora_cli import run_lora
 from .media import read_audio
 from .model.audio_vae import ENCODE_RATE
 from .model.checkpoint import Checkpoint, check_names, describe
 from .model.config import PRESETS, Preset
+from .model.convert import suffix_of
 from .model.geometry import (
     FPS,
     LONG_SECONDS,
@@ -28,11 +32,14 @@ from .model.geometry import (
     audio_latents,
     super_resolution_size,
 )
+from .model.lora import LoraPatch, patches
+from .model.lora_formats import open_lora
 from .model.weight_files import write_tensors
 from .options import compute_dtype, default_device, models_folder, parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
-from .sampler.pipeline import FilmRequest, generate, write_film
-from .sampler.plan import Plan, plan_film, require_fit
+from .sampler.pipeline import FilmRequest, generate, with_steps_down, write_film
+from .sampler.placement import is_out_of_memory
+from .sampler.plan import GB, Plan, plan_film, require_fit, room_on
 from .sampler.stages import RECIPES
 from .save_workflow import save_workflow
 
@@ -43,21 +50,27 @@ PACKAGES = ("torch", "safetensors", "tokenizers", "av", "numpy", "pillow", "eino
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for input that cannot be used, 130 when interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default
+    options = None
     try:
-        options = parser(_generate, _inspect, doctor).parse_args(arguments)
+        options = parser(_generate, _inspect, doctor, _convert, _lora).parse_args(arguments)
         with torch.inference_mode():
             options.run(options)
+        sys.stdout.flush()  # here, so that the end of `| head` is noticed here
     except KeyboardInterrupt:
-        sys.stderr.write("\nhappyhorse: interrupted; no film was written\n")
+        what = "film" if options is None or options.command == "generate" else "file"
+        sys.stderr.write(f"\nhappyhorse: interrupted; no {what} was written\n")
         return 130
+    except BrokenPipeError:  # who read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, MemoryError) as error:
         sys.stderr.write(f"happyhorse: {sentence(error)}\n")
         return 2
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        cure = "try --offload blocks, fewer --seconds or a smaller --size"
+        cure = "try --offload pieces, fewer --seconds or a smaller --size"
         sys.stderr.write(f"happyhorse: out of memory ({str(error).splitlines()[0]}); {cure}\n")
         return 2
     return 0
@@ -83,26 +96,48 @@ def _generate(options: argparse.Namespace) -> None:
     if options.save_workflow:
         _check_output(options.save_workflow, ".json")
     checkpoints = _open_parts(options, models_folder(options))
+    changes = _patches(options, checkpoints["transformer"])
     device = options.device or default_device()
     dtype = compute_dtype(options, device)
+    attend = attention_backend(options.attention, device, dtype)
 
     def plan(shape: FilmShape, large: FilmShape | None) -> Plan:
         needed = {role: part for role, part in checkpoints.items() if large or role != "super_resolution"}
         return plan_film(needed, shape, large, dtype, default_vae_dtype(dtype, device), device)
 
     smaller = _smaller(request, options.sr, preset, plan)
-    offload = require_fit(plan(request.shape, request.large), options.offload, smaller)
+    room = room_on(device, options.vram, options.ram)
+    placements = require_fit(plan(request.shape, request.large), options.offload, smaller, room)
+    if options.vram and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.vram * GB / total), device)
     if options.save_workflow:
         log.info(save_workflow(options.save_workflow, options, request, checkpoints))
     with Bars() as bars:
-        parts = Parts(checkpoints, device, offload, dtype, default_vae_dtype(dtype, device), bars.progress)
+        parts = Parts(
+            checkpoints, device, placements, dtype, default_vae_dtype(dtype, device), bars.progress,
+            patches=changes, attend=attend, compiled=options.compile,
+        )  # fmt: skip
+        for words in parts.chunked():
+            bars.notice(f"memory is short: {words} (rounding differs from a film made at once)")
         film = generate(parts, request, bars.progress, bars.notice)
         if options.save_latents:
             write_tensors(options.save_latents, film.latents._asdict())
-        metadata = _metadata(options, request, checkpoints, device)
-        write_film(parts, film, options.out, metadata, bars.progress, options.upscale)
+
+        def write() -> None:
+            metadata = _metadata(options, request, parts)
+            write_film(parts, film, options.out, metadata, bars.progress, options.upscale)
+
+        with_steps_down(parts, "video_decoder", write, bars.notice)
     note = checkpoints["transformer"].file.metadata.get("note")
     sys.stdout.write(f"{options.out.resolve()}{f' ({note})' if note else ''}\n")
+
+
+def _patches(options: argparse.Namespace, transformer: Checkpoint) -> dict[str, list[LoraPatch]]:
+    """What the LoRAs asked for change in the transformer."""
+    loras = [(open_lora(lora.path), lora.strengths) for lora in options.lora]
+    shapes = {own: transformer.shape(own) for own in transformer.names}
+    return patches(loras, transformer.config, shapes) if loras else {}
 
 
 def _request(options: argparse.Namespace, preset: Preset) -> FilmRequest:
@@ -159,16 +194,11 @@ def _check_output(path: Path, suffix: str) -> None:
         raise ValueError(f"the folder {path.parent} cannot be written to; choose another")
 
 
-def _metadata(
-    options: argparse.Namespace,
-    request: FilmRequest,
-    checkpoints: dict[str, Checkpoint],
-    device: torch.device,
-) -> dict[str, str]:
+def _metadata(options: argparse.Namespace, request: FilmRequest, parts: Parts) -> dict[str, str]:
     """The settings of a film, as one JSON object under the tag `comment`."""
-    transformer, final = checkpoints["transformer"], request.large or request.shape
+    transformer, final = parts.checkpoints["transformer"], request.large or request.shape
     settings = {
-        "program": f"happyhorse {__version__}", "torch": torch.__version__, "device": device.type,
+        "program": f"happyhorse {__version__}", "torch": torch.__version__, "device": parts.device.type,
         "preset": options.preset, "variant": transformer.variant, "model": transformer.path.name,
         "note": transformer.file.metadata.get("note"), "prompt": request.prompt,
         "negative": request.negative if RECIPES[transformer.variant].guided else None,
@@ -177,8 +207,11 @@ def _metadata(
         "audio_encoding": options.audio_encoding if request.audio else None,
         "seed": request.seed, "steps": request.steps or RECIPES[transformer.variant].steps,
         "size": f"{request.shape.width}x{request.shape.height}", "seconds": request.shape.asked_seconds,
-        "sr": options.sr, "final_size": f"{final.width}x{final.height}", "upscale": options.upscale,
-        "decoder": options.decoder, "dtype": str(compute_dtype(options, device)).removeprefix("torch."),
+        "lora": list(map(str, options.lora)) or None, "sr": options.sr,
+        "final_size": f"{final.width}x{final.height}", "upscale": options.upscale,
+        "decoder": options.decoder, "dtype": str(compute_dtype(options, parts.device)).removeprefix("torch."),
+        "in_pieces": parts.chunked() or None, "out_of_memory": parts.steps_down or None,
+        "attention": options.attention, "compiled": options.compile or None,
     }  # fmt: skip
     return {"comment": json.dumps({name: value for name, value in settings.items() if value is not None})}
 
@@ -221,3 +254,18 @@ def _inspect(options: argparse.Namespace) -> None:
             failures.append(sentence(error))
     if failures:
         raise ValueError("; ".join(failures))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    _check_output(options.out, suffix_of(options.to))
+    with Bars() as bars:
+        report = run_convert(options, bars.progress)
+    sys.stdout.write(f"{report}\n")
+
+
+def _lora(options: argparse.Namespace) -> None:
+    if options.action != "inspect":
+        _check_output(options.out, ".safetensors")
+    with Bars() as bars:
+        report = run_lora(options, bars.progress)
+    sys.stdout.write(f"{report}\n")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -10,14 +11,18 @@ import torch
 from safetensors import SafetensorError
 
 from . import __version__, pony
+from .kernels.attention import BACKENDS
 from .media import UPSCALE_MODES
-from .model.config import PRESETS
+from .model.config import PRESETS, VARIANTS
+from .model.convert import FORMATS
 from .model.geometry import FPS, MAX_SECONDS, MIN_SECONDS
+from .model.lora import MODALITIES, Lora, Strengths
 from .sampler.guidance import DEFAULT_NEGATIVE_PROMPT
 from .sampler.pipeline import AUDIO_MODES
 from .sampler.placement import OFFLOADS
 
 Command = Callable[[argparse.Namespace], None]
+LORA_STRENGTHS = (*MODALITIES, "shared")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PART_OPTIONS = {
     "transformer": ("--model", "transformer"),
@@ -42,13 +47,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parser(generate: Command, inspect: Command, doctor: Command) -> argparse.ArgumentParser:
-    """The parser of all three commands; the one chosen stands in the options as `run`."""
+def parser(
+    generate: Command, inspect: Command, doctor: Command, convert: Command, lora: Command
+) -> argparse.ArgumentParser:
+    """The parser of all commands; the one chosen stands in the options as `run`."""
     parser = Parser(
         prog="happyhorse", description="Films with sound from the open daVinci-MagiHuman weights."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | inspect | doctor")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="generate | inspect | doctor | convert | lora"
+    )
     film = commands.add_parser("generate", help="make a film")
     _add_generate(film)
     _add_models(film)
@@ -62,10 +71,16 @@ def parser(generate: Command, inspect: Command, doctor: Command) -> argparse.Arg
     )
     _add_models(needs)
     _add_compute(needs)
-    needs.add_argument(
-        "--seconds", type=float, help="length of the films in the table (default: the preset's)"
-    )
+    _add_doctor(needs)
     needs.set_defaults(run=doctor)
+    weights = commands.add_parser(
+        "convert", help="rewrite a checkpoint in another weight format, as one file"
+    )
+    _add_convert(weights)
+    weights.set_defaults(run=convert)
+    loras = commands.add_parser("lora", help="what LoRA files are; convert, extract or merge them")
+    _add_lora(loras)
+    loras.set_defaults(run=lora)
     return parser
 
 
@@ -107,6 +122,27 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="WIDTHxHEIGHT[:MODE]",
         help=f"plain resizing of the finished frames: {', '.join(UPSCALE_MODES)}",
     )
+    parser.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH[:SETTINGS]]",
+        help="a LoRA for the base-stage transformer (not for --sr); may be given several times; settings: "
+        "video=, audio=, text=, shared= strengths, and last blocks=0-3:0.5,4-35",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=BACKENDS,
+        default="sdpa",
+        help="of the transformers: PyTorch's own; flash (package flash_attn) and sage (sageattention, faster "
+        "and less exact) need a GPU and their package",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformers' layers with torch.compile: minutes at first, faster steps after",
+    )
     parser.add_argument("--out", type=Path, default=Path("happyhorse.mp4"), help="the film (.mp4)")
     parser.add_argument(
         "--save-latents", type=Path, metavar="FILE", help="also keep the latents (.safetensors)"
@@ -131,6 +167,38 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, dest=f"path_{role}", type=Path, metavar="PATH", help=f"the {what} itself")
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size",
+        type=_planned_size,
+        metavar="SIZE",
+        help="plan one film: 256p, 540p, 1080p (the last two by super-resolution) or WIDTHxHEIGHT",
+    )
+    parser.add_argument("--seconds", type=float, help="length of the films (default: the preset's)")
+    parser.add_argument(
+        "--weights",
+        choices=tuple(FORMATS),
+        help="plan for the published models in this format instead of the files that are there",
+    )
+    parser.add_argument(
+        "--decoder", choices=("turbo", "wan"), default="turbo", help="which network makes the pixels"
+    )
+
+
+def _planned_size(text: str) -> str | tuple[int, int]:
+    return text if text in ("256p", "540p", "1080p") else _size(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number of GB above 0, got {text!r}")
+    return value
+
+
 def _add_compute(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
@@ -142,8 +210,60 @@ def _add_compute(parser: argparse.ArgumentParser) -> None:
         "--offload",
         choices=("auto", *OFFLOADS),
         default="auto",
-        help="none: all on the device; stage: one part at a time; blocks: layer by layer",
+        help="none: all on the device; stage: one part at a time; blocks: layer by layer; pieces: that, and "
+        "the transformers work on pieces of the film, which changes roundings (1e-5 in float32); auto: the "
+        "fastest that fits for each part, as many layers on the device as fit",
     )
+    parser.add_argument("--vram", type=_gigabytes, metavar="GB", help="use so much of the device's memory")
+    parser.add_argument(
+        "--ram", type=_gigabytes, metavar="GB", help="use so much RAM; both replace what is free"
+    )
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint, a file or a folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the file to write (.safetensors or .gguf)")
+    parser.add_argument(
+        "--to", required=True, choices=tuple(FORMATS), help="the format of the matrices in its layers"
+    )
+    parser.add_argument(
+        "--variant", choices=VARIANTS, help="of a transformer whose file and name do not tell it"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the velocities of both transformers on a fixed input"
+    )
+
+
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="inspect | convert | extract | merge", parser_class=Parser
+    )
+    inspect = actions.add_parser(
+        "inspect", help="say what LoRA files hold, and how much of it fits the model"
+    )
+    inspect.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    convert = actions.add_parser("convert", help="rewrite a LoRA for the loaders that ComfyUI brings")
+    convert.add_argument("source", type=Path, metavar="IN", help="the LoRA")
+    for action in (inspect, convert):
+        action.add_argument("--preset", choices=tuple(PRESETS), default="magihuman", help="of the model")
+    extract = actions.add_parser("extract", help="make a LoRA of what one transformer has over another")
+    extract.add_argument("tuned", type=Path, metavar="TUNED", help="the transformer that it shall lead to")
+    extract.add_argument("base", type=Path, metavar="BASE", help="the transformer that it shall be used with")
+    merge = actions.add_parser("merge", help="write a transformer with LoRAs in it")
+    merge.add_argument("source", type=Path, metavar="CHECKPOINT", help="the transformer")
+    merge.add_argument(
+        "loras",
+        nargs="+",
+        type=parse_lora,
+        metavar="LORA",
+        help="as for generate: FILE[:STRENGTH[:SETTINGS]]",
+    )
+    for action in (convert, extract, merge):
+        action.add_argument("out", type=Path, metavar="OUT", help="the file to write (.safetensors)")
+        action.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    extract.add_argument("--rank", required=True, type=_rank, help="32 or 64 is common; more is nearer")
+    merge.add_argument("--variant", choices=VARIANTS, help="of a file whose header and name do not tell it")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -179,6 +299,43 @@ def _seed(text: str) -> int:
 
 def _steps(text: str) -> int:
     return _whole(text, 1, 1000)
+
+
+def _rank(text: str) -> int:
+    return _whole(text, 1, 4096)
+
+
+def parse_lora(text: str) -> Lora:
+    """FILE, FILE:0.8 or FILE:0.8:video=1,audio=0,blocks=0-3:0.5,4-35.
+
+    Raises ArgumentTypeError that quotes what is wrong.
+    """
+    found = re.search(rf":(?=({'|'.join(LORA_STRENGTHS)}|blocks)=)", text)
+    head, settings = (text[: found.start()], text[found.end() :]) if found else (text, "")
+    path, colon, strength = head.rpartition(":")
+    if not colon or re.search(r"[/\\]|\.[a-z]+$", strength):  # the colon of a path, as in C:\a.safetensors
+        path, strength = head, "1"
+    settings, _, blocks = settings.partition("blocks=")
+    pairs = [pair.partition("=")[::2] for pair in settings.rstrip(",").split(",") if pair.strip()]
+    names = [name.strip() for name, _ in pairs]
+    if wrong := [name for name in names if name not in LORA_STRENGTHS or names.count(name) > 1]:
+        raise argparse.ArgumentTypeError(
+            f"settings are {', '.join(LORA_STRENGTHS)} and blocks, each once, got {wrong[0]!r} in {text!r}"
+        )
+    try:
+        if not path.strip():
+            raise ValueError("the file is missing")
+        values = {name: _number(value) for name, (_, value) in zip(names, pairs, strict=True)}
+        return Lora(Path(path), Strengths(_number(strength), **values, blocks=blocks))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error} in {text!r}; write FILE:0.8:video=1,audio=0") from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"a strength must be a number, got {text!r}") from error
 
 
 def _device(text: str) -> torch.device:

@@ -12,7 +12,7 @@ from .sampler.pipeline import FilmRequest
 from .sampler.stages import RECIPES
 
 Prompt = dict[str, dict[str, Any]]  # {"1": {"class_type": ..., "inputs": {name: value or [node id, output]}}}
-HOST_FOLDERS = {"diffusion_models", "unet", "text_encoders", "clip", "vae", "checkpoints", "models"}
+HOST_FOLDERS = {"diffusion_models", "unet", "text_encoders", "clip", "vae", "checkpoints", "loras", "models"}
 CHOICES = {  # the node that loads a part -> its input for the file
     "HappyHorseLoadModel": "model",
     "HappyHorseLoadTextEncoder": "text_encoder",
@@ -38,6 +38,7 @@ def save_workflow(
     needs = [f"{file.name} in its folder input" for file in (request.image, request.audio) if file]
     loaders = [node for node in prompt.values() if node["class_type"] in CHOICES]
     loaded = {node["inputs"][CHOICES[node["class_type"]]] for node in loaders}
+    loaded |= {node["inputs"]["lora_name"] for node in prompt.values() if "lora_name" in node["inputs"]}
     needs += sorted(f"{choice} in its folders of models" for choice in loaded if not _is_pony(choice))
     return f"{path} is for ComfyUI with these nodes" + (f" and {', '.join(needs)}" if needs else "")
 
@@ -71,8 +72,12 @@ def film_prompt(
     if RECIPES[checkpoints["transformer"].variant].guided:
         negative = graph.add("HappyHorseTextEncode", clip=parts["text_encoder"], prompt=request.negative)
     latent, image, sound = _inputs(graph, request, parts)
+    model = parts["transformer"]
+    for lora in options.lora:
+        name = _below(lora.path.absolute())
+        model = graph.add("HappyHorseLoraLoader", model=model, lora_name=name, **lora.strengths.settings)
     latent = graph.add(
-        "HappyHorseSampler", model=parts["transformer"], positive=positive, latent=latent, seed=request.seed,
+        "HappyHorseSampler", model=model, positive=positive, latent=latent, seed=request.seed,
         steps=request.steps or 0, denoise=1.0, negative=negative,
     )  # fmt: skip
     if request.large is not None:
@@ -110,6 +115,11 @@ def _choice(options: argparse.Namespace, checkpoint: Checkpoint) -> str:
     if options.preset == "pony" and options.models is None and path.is_relative_to(pony_folder().absolute()):
         names = {"transformer": f"pony: {checkpoint.variant}", "video_decoder": "pony: turbo"}
         return names.get(checkpoint.part, "pony")
+    return _below(path)
+
+
+def _below(path: Path) -> str:
+    """A path from the last of the host's folders on; else its own name."""
     folders = [i for i, name in enumerate(path.parts[:-1]) if name in HOST_FOLDERS]
     return "/".join(path.parts[folders[-1] + 1 :]) if folders else path.name
 

@@ -1,5 +1,5 @@
-"""Make many small films on one ComfyUI server, changing sizes, inputs, variants and super-resolution, and
-watch its memory.
+"""Make many small films on one ComfyUI server, changing sizes, inputs, variants, super-resolution, weight
+formats and LoRAs, and watch its memory.
 
 Prints the anonymous memory of the server after every round of all settings. The first round warms up; exits
 with 1 if the mean over the last round is more than 2 % above that over the second, or if a prompt fails.
@@ -18,7 +18,13 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
 from PIL import Image
+
+from happyhorse.model.checkpoint import open_checkpoint
+from happyhorse.model.convert import convert
+from happyhorse.model.weight_files import write_tensors
+from happyhorse.options import pony_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "nodes"))
 
@@ -30,6 +36,10 @@ SIZES = ((64, 64), (128, 96), (96, 160))
 SECONDS = (0.2, 0.52)
 INPUTS = ("text", "image", "audio", "image and audio", "film")
 STAGES = ("distill", "base", "540p_sr", "1080p_sr")
+# of the distilled transformer: its file, and whether it has a LoRA
+WEIGHTS = (("pony: distill", False), ("distill-fp8.safetensors", False), ("distill-q4_0.gguf", True),
+           ("pony: distill", True), ("distill-fp8.safetensors", True))  # fmt: skip
+LORA, LORA_LAYER = "soak.safetensors", "diffusion_model.block.layers.2.mlp.down_proj"
 Inputs = dict[str, Any]
 
 
@@ -45,11 +55,12 @@ class Graph:
         self.nodes[key] = {"class_type": kind, "inputs": inputs}
         return [key, 0]
 
-    def model(self, variant: str) -> list[Any]:
+    def model(self, name: str, lora: bool = False) -> list[Any]:
         """A transformer of the pony."""
-        return self.add(
-            "HappyHorseLoadModel", model=f"pony: {variant}", weight_dtype="default", variant="auto"
-        )
+        model = self.add("HappyHorseLoadModel", model=name, weight_dtype="default", variant="auto")
+        if not lora:
+            return model
+        return self.add("HappyHorseLoraLoader", model=model, lora_name=LORA, strength=0.5)
 
 
 def settings() -> list[Inputs]:
@@ -70,7 +81,7 @@ def settings() -> list[Inputs]:
 
 def film(seed: int, given: str, stage: str, size: tuple[int, int], seconds: float, decoder: str) -> Prompt:
     """The prompt of one film."""
-    graph = Graph()
+    graph, model = Graph(), ("pony: base", False) if stage == "base" else WEIGHTS[seed % len(WEIGHTS)]
     clip = graph.add(
         "HappyHorseLoadTextEncoder", text_encoder="pony", weight_dtype="default", device="default"
     )
@@ -80,13 +91,13 @@ def film(seed: int, given: str, stage: str, size: tuple[int, int], seconds: floa
     latent, image, sound = start(graph, given, size, seconds, encoder, audio_vae)
     guided = {"negative": text} if stage == "base" else {}
     latent = graph.add(
-        "HappyHorseSampler", model=graph.model("base" if stage == "base" else "distill"), positive=text,
+        "HappyHorseSampler", model=graph.model(*model), positive=text,
         latent=latent, seed=seed, steps=3, denoise=0.7 if given == "film" else 1.0, **guided,
     )  # fmt: skip
     if stage.endswith("_sr"):
         frame = {} if image is None else {"vae": encoder, "image": image}
         latent = graph.add(
-            "HappyHorseSuperResolution", model=graph.model(stage), positive=text, latent=latent,
+            "HappyHorseSuperResolution", model=graph.model(f"pony: {stage}"), positive=text, latent=latent,
             size="custom", seed=seed, width=2 * size[0], height=2 * size[1], steps=2, **frame,
         )  # fmt: skip
     vae = graph.add("HappyHorseLoadVideoVAE", vae=decoder, weight_dtype="default")
@@ -143,6 +154,27 @@ def write_inputs(client: Client, folder: Path) -> None:
         client.put(folder / name)
 
 
+def write_models(base: Path) -> None:
+    """Put quantised transformers and a LoRA into the server's folders of models."""
+    source, folder = open_checkpoint(pony_folder() / "distill"), base / "models" / "diffusion_models"
+    folder.mkdir(parents=True)
+    for name, to in (("distill-fp8.safetensors", "fp8"), ("distill-q4_0.gguf", "q4_0")):
+        convert(source, folder / name, to, "soak")
+    rows, columns = source.shape(LORA_LAYER.removeprefix("diffusion_model.") + ".weight")
+    (base / "models" / "loras").mkdir()
+    up, down = torch.randn(rows, 4), torch.randn(4, columns) / columns
+    write_tensors(
+        base / "models" / "loras" / LORA,
+        {f"{LORA_LAYER}.lora_B.weight": up, f"{LORA_LAYER}.lora_A.weight": down},
+    )
+
+
+def server_folder(work: Path) -> Path:
+    """A base directory for the server, with models."""
+    write_models(work / "server")
+    return work / "server"
+
+
 def anonymous_memory(server: Server) -> int:
     """Bytes of the server that no file stands behind; all of its memory where that is not told apart."""
     memory = psutil.Process(server.process.pid).memory_info()
@@ -179,7 +211,7 @@ def main() -> int:
     prompts, size, measured = parser.parse_args().prompts, len(settings()), []
     with (
         tempfile.TemporaryDirectory() as work,
-        serve(Path(work) / "server") as server,
+        serve(server_folder(Path(work))) as server,
         Client(server) as client,
     ):
         try:

@@ -6,6 +6,10 @@ Letters: B batch, N query heads, K key/value heads, S tokens, H head size. Query
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from einops import rearrange
@@ -52,6 +56,53 @@ def attention_by(
 ) -> Tensor:
     """The same on any device by a given attention over whole sequences, where a host has its own."""
     return full(q, k, v) if _sees_all(window) else windowed_by_joining(full, q, k, v, window)
+
+
+def _flash(package: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # its heads lie inside the tokens
+    return package.flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+def _sage(package: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return package.sageattn(q, k, v, tensor_layout="HND", is_causal=False)
+
+
+PACKAGES = {  # backend -> its package, how that is installed, and its full attention
+    "flash": ("flash_attn", "pip install flash-attn --no-build-isolation", _flash),
+    "sage": ("sageattention", "pip install sageattention", _sage),
+}
+BACKENDS = ("sdpa", *PACKAGES)
+
+
+def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The attention of one of BACKENDS for tensors of a device and dtype; sdpa is PyTorch's own.
+
+    Raises ValueError for one that is unknown, not installed, or not made for such tensors.
+    """
+    if name == "sdpa":
+        return attention
+    if name not in PACKAGES:
+        raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}")
+    package, command, full = PACKAGES[name]
+    if find_spec(package) is None:
+        there = ", ".join(["sdpa", *(other for other in PACKAGES if find_spec(PACKAGES[other][0]))])
+        raise ValueError(
+            f"attention {name!r} needs the package {package}, which is not installed; install it "
+            f"({command}), or choose what is there: {there}"
+        )
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention {name!r} computes in bfloat16 on a GPU, not in "
+            f"{str(dtype).removeprefix('torch.')} on {device.type}; choose sdpa"
+        )
+    try:
+        # torch.compile goes around it, as not all versions of the packages let themselves be traced
+        return torch.compiler.disable(partial(attention_by, partial(full, import_module(package))))
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, for instance
+        raise ValueError(
+            f"attention {name!r}: {package} is installed but does not load ({str(error).splitlines()[0]}); "
+            "install it anew for this torch, or choose sdpa"
+        ) from error
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

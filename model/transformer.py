@@ -167,7 +167,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, layout: PackedLayout, attend: AttentionFunction) -> Tensor:
         q_BNSH, k_BKSH, v_BKSH, gate = self.heads(x, rope, layout.spans)
         out = attend(q_BNSH, k_BKSH, v_BKSH, self.window(layout))
-        return self.merged(out, gate, layout.spans)
+        out = self.gated(out, gate)
+        return self.linear_proj(out, layout.spans)
 
     def heads(self, x: Tensor, rope: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values, the first two rotated, and the gates [B, S, N]."""
@@ -178,12 +179,12 @@ class Attention(nn.Module):
         k_BKSH = apply_rope(self.k_norm(k.float(), spans).transpose(1, 2), rope).to(self.compute_dtype)
         return q_BNSH, k_BKSH, v.transpose(1, 2), gate
 
-    def merged(self, out_BNSH: Tensor, gate: Tensor, spans: Spans) -> Tensor:
-        """The heads' outputs gated and put together: [B, S, D]."""
+    def gated(self, out_BNSH: Tensor, gate: Tensor) -> Tensor:
+        """The heads' outputs gated and put side by side: [B, S, D]."""
         out = out_BNSH.transpose(1, 2)
         if gate.shape[-1]:
             out = (out.float() * gate.float().sigmoid().unsqueeze(-1)).to(self.compute_dtype)
-        return self.linear_proj(out.flatten(2), spans)
+        return out.flatten(2)
 
     def added_in_pieces(
         self, x: Tensor, rope: Tensor, layout: PackedLayout, attend: AttentionFunction, piece: int
@@ -199,9 +200,9 @@ class Attention(nn.Module):
             q[:, :, part], k[:, :, part], v[:, :, part], gate[:, part] = heads
         out = torch.empty_like(x)
         for start, stop, keys, values in _seen(self.window(layout), k, v, piece):
-            heads = attend(q[:, :, start:stop], keys, values, None)
-            part = self.merged(heads, gate[:, start:stop], _clip(layout.spans, start, stop))
-            out[:, start:stop] = x[:, start:stop] + part
+            heads = self.gated(attend(q[:, :, start:stop], keys, values, None), gate[:, start:stop])
+            part = self.linear_proj(heads, _clip(layout.spans, start, stop))
+            torch.add(x[:, start:stop], part, out=out[:, start:stop])
         return out
 
     def window(self, layout: PackedLayout) -> FrameWindow | None:

@@ -1,10 +1,13 @@
 """The light video decoder (TurboVAED): normalised video latents -> pixels, in windows of constant memory.
 
-It is not causal: a frame depends on its neighbours on both sides. A film is therefore decoded in windows that
-see one more latent on either side and drop its frames. F latent frames give 4F-3 frames, 16 times as large.
+It is not causal: a frame depends on its neighbours on both sides. A film is therefore decoded in windows
+that see one more latent on either side and drop its frames. Where memory is short, a window is decoded in
+tiles that see all latents beyond their edges that matter: they need no blending, and differ from the whole by
+rounding only. F latent frames give 4F-3 frames, 16 times as large.
 Shapes and layout are those of video_vae.py: [B, C, F, Y, X], channels last in memory.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
@@ -73,19 +76,20 @@ class VideoDecoder(nn.Module):
         self.config = config
         self.decoder = Decoder(config, operations)
 
-    def decode_chunks(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode_chunks(self, latents: Tensor, tiles: int = 1) -> Iterator[Tensor]:
         """Yield the film of normalised `latents` [B, 48, F, Y, X] window by window, not clamped.
 
-        The chunks [B, 3, f, 16Y, 16X] have 4F-3 frames. Raises ValueError at the call for other shapes.
+        The chunks [B, 3, f, 16Y, 16X] have 4F-3 frames. Each is put together from so many `tiles`, which
+        need less memory and more time. Raises ValueError at the call for other shapes.
         """
         check_latents(latents, self.config.latent_channels)
-        return self._decode_windows(latents)
+        return self._decode_windows(latents, tile_grid(*latents.shape[3:], tiles, reach(self.config)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the whole film [B, 3, 4F-3, 16Y, 16X] of normalised `latents`, not clamped."""
         return torch.cat(list(self.decode_chunks(latents)), dim=2)
 
-    def _decode_windows(self, latents: Tensor) -> Iterator[Tensor]:
+    def _decode_windows(self, latents: Tensor, grid: "Grid") -> Iterator[Tensor]:
         length, ratio = latents.shape[2], self.decoder.frames_per_latent
         first, step = self.config.first_chunk_size, self.config.step_size
         for begin in (0, *range(first, length, step)):
@@ -95,13 +99,73 @@ class VideoDecoder(nn.Module):
             window = latents[:, :, [min(i, length - 1) for i in seen]]
             skipped = ratio * (begin - seen.start)
             kept = ratio * (min(end, length) - begin) - (0 if begin else ratio - 1)
+            frames = slice(skipped, skipped + kept)
             # Without a name for the frames, so that they are gone before the next window.
-            yield self._decode_window(window, is_first=begin == 0)[:, :, skipped : skipped + kept].float()
+            yield self._decode_tiles(window, grid, frames, is_first=begin == 0)
+
+    def _decode_tiles(self, latents: Tensor, grid: "Grid", frames: slice, is_first: bool) -> Tensor:
+        """The `frames` of a window, float32."""
+        if len(grid) == 1:
+            return self._decode_window(latents, is_first)[:, :, frames].float()
+        size = self.config.patch_size * 2 ** sum(self.config.decoder_spatio_temporal_scaling)
+        margin = reach(self.config)
+        batch, _, _, rows, columns = latents.shape
+        shape = (batch, self.config.out_channels, frames.stop - frames.start, size * rows, size * columns)
+        film = torch.empty(shape, device=latents.device)
+        for (top, bottom), (left, right) in grid:
+            y = slice(max(0, top - margin), min(rows, bottom + margin))
+            x = slice(max(0, left - margin), min(columns, right + margin))
+            pixels = self._decode_window(latents[..., y, x], is_first)[:, :, frames]
+            film[..., size * top : size * bottom, size * left : size * right] = pixels[
+                ...,
+                size * (top - y.start) : size * (bottom - y.start),
+                size * (left - x.start) : size * (right - x.start),
+            ]
+            del pixels  # before the next tile is made
+        return film
 
     def _decode_window(self, latents: Tensor, is_first: bool) -> Tensor:
         dtype = self.decoder.conv_in.conv.weight.dtype
         latents = denormalize_latents(latents).to(dtype, memory_format=torch.channels_last_3d)
         return self.decoder(latents, is_first)
+
+
+Grid = list[tuple[tuple[int, int], tuple[int, int]]]  # of each tile (top, bottom), (left, right), in latents
+
+
+def reach(config: VideoDecoderConfig) -> int:
+    """How many latents around a latent its pixels depend on: one for each 3 x 3 convolution, in its size."""
+    widths = config.decoder_block_out_channels[::-1]
+    middle, *blocks = config.decoder_layers_per_block[::-1]
+    distance, scale = 1.0 + 2 * middle, 1
+    stages = zip(
+        pairwise((widths[0], *widths)), blocks, config.decoder_spatio_temporal_scaling[::-1], strict=True
+    )
+    for (width_in, width), count, upsample in stages:
+        distance += 2 * (width_in != width) / scale
+        scale *= 1 + upsample
+        distance += (upsample + 2 * count) / scale
+    return math.ceil(distance + 1 / scale)
+
+
+def tile_grid(rows: int, columns: int, tiles: int, margin: int) -> Grid:
+    """Cut `rows` x `columns` latents into at most `tiles` tiles, the largest as small as can be."""
+    counts = [(down, tiles // down) for down in range(1, tiles + 1)]
+    grids = [[(y, x) for y in _split(rows, down) for x in _split(columns, across)] for down, across in counts]
+    return min(grids, key=lambda grid: largest_tile(rows, columns, grid, margin))
+
+
+def largest_tile(rows: int, columns: int, grid: Grid, margin: int) -> int:
+    """Latents of the largest tile with its margins."""
+    return max(
+        math.prod(min(size, stop + margin) - max(0, start - margin) for size, (start, stop) in sides)
+        for sides in (zip((rows, columns), tile, strict=True) for tile in grid)
+    )
+
+
+def _split(size: int, count: int) -> list[tuple[int, int]]:
+    edges = [round(i * size / min(count, size)) for i in range(min(count, size) + 1)]
+    return list(pairwise(edges))
 
 
 class Decoder(nn.Module):

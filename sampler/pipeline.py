@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL.Image import Image
@@ -19,12 +20,15 @@ from ..model.video_vae import denormalize_latents, normalize_latents
 from .conditions import Conditions, StepCallback
 from .noise import FilmNoise
 from .parts import Parts, Progress
+from .placement import is_out_of_memory
 from .stages import RECIPES, network_of, sample_base, sample_super_resolution
 
 AUDIO_MODES = ("hold", "start")
 CURE = "check the weights, or try --dtype float32"
 READ_SECONDS = MAX_SECONDS + 1  # of given sound: more than the longest film, so that a rest is noticed
+LESS = "a shorter or smaller film needs less, and so do weights in fewer bits"
 Notice = Callable[[str], None]  # one sentence for the user
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,24 +69,48 @@ def generate(parts: Parts, request: FilmRequest, progress: Progress, notice: Not
     sound = _film_sound(request) if request.audio and request.audio_mode == "hold" else None
     final = request.large or request.shape
 
-    text, negative = _encode_texts(parts, request, progress, notice)
+    def run(role: str, stage: Callable[[], T]) -> T:
+        return with_steps_down(parts, role, stage, notice)
+
+    text, negative = run("text_encoder", lambda: _encode_texts(parts, request, progress, notice))
     if request.large is not None:  # what its layout refuses, it shall refuse before the first stage
         coords_style = parts.checkpoints["super_resolution"].config.coords_style
         PackedLayout.of(_empty(parts, request.large), text, coords_style)
     frames = {}
     if image is not None:
-        frames = _encode_first_frames(parts, image, {request.shape, final}, progress)
-    noise = FilmNoise(request.seed)
+        shapes = {request.shape, final}
+        frames = run("video_vae", lambda: _encode_first_frames(parts, image, shapes, progress))
     given = None
     if driving is not None:
-        generator = noise.audio_encoding() if request.sample_audio else None
-        given = _encode_audio(parts, driving, generator, progress)
+        given = run("audio_vae", lambda: _encode_audio(parts, driving, request, progress))
 
     # a network is let go of where the function that used it returns, before the next one is loaded
-    latents = _sample(parts, request, text, negative, noise, frames.get(request.shape), given, progress)
+    frame = frames.get(request.shape)
+    latents = run("transformer", lambda: _sample(parts, request, text, negative, frame, given, progress))
     if request.large is not None:
-        latents = _enlarge(parts, request.large, latents, text, noise, frames.get(final), progress)
+        base, frame = latents, frames.get(final)
+        latents = run("super_resolution", lambda: _enlarge(parts, request, base, text, frame, progress))
     return FilmLatents(latents, final, sound)
+
+
+def with_steps_down(parts: Parts, role: str, stage: Callable[[], T], notice: Notice) -> T:
+    """What a stage returns; where memory runs out it is begun anew with the next placement of its part.
+
+    A stage draws its noise anew, so that its result is the same. Raises MemoryError where no placement is
+    left.
+    """
+    while True:
+        try:
+            return stage()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            found, placement = (str(error).splitlines() or ["no memory"])[0], parts.step_down(role)
+            name = role.replace("_", " ")
+            if placement is None:
+                raise MemoryError(f"out of memory ({found}) in the stage {name!r}; {LESS}") from error
+        # after the handler, as the error holds on to the tensors of the stage
+        notice(f"out of memory ({found}) in the stage {name!r}: once more, {parts.steps_down[-1]}")
 
 
 def write_film(
@@ -102,8 +130,9 @@ def write_film(
     with FilmWriter(out, width, height, FPS, metadata) as writer:
         writer.add_audio(_sound_of(parts, film, progress))
         progress("decoding", 0, total)
+        tiles = parts.placement("video_decoder").tiles
         with parts.use("video_decoder") as (decoder, _):
-            for chunk in decoder.decode_chunks(film.latents.video):
+            for chunk in decoder.decode_chunks(film.latents.video, *([tiles] if tiles else [])):
                 check_finite({"pixel": chunk}, "decoding the picture", CURE)
                 frames = frames_to_uint8(chunk)
                 writer.add_frames(upscale_frames(frames, *upscale) if upscale else frames)
@@ -180,10 +209,9 @@ def _encode_first_frames(
     return frames
 
 
-def _encode_audio(
-    parts: Parts, waveform: Tensor, generator: torch.Generator | None, progress: Progress
-) -> Tensor:
+def _encode_audio(parts: Parts, waveform: Tensor, request: FilmRequest, progress: Progress) -> Tensor:
     progress("audio", 0, 1)
+    generator = FilmNoise(request.seed).audio_encoding() if request.sample_audio else None
     with parts.use("audio_vae") as (vae, _):
         latents = encode_driving_audio(vae, waveform.to(parts.device), generator=generator)
     check_finite({"audio": latents}, "encoding the audio", CURE)
@@ -204,13 +232,13 @@ def _sample(
     request: FilmRequest,
     text: Tensor,
     negative: Tensor | None,
-    noise: FilmNoise,
     frame: Tensor | None,
     audio: Tensor | None,
     progress: Progress,
 ) -> Latents:
     """The base stage. The two-pass model holds a given sound in either mode, as published."""
     recipe = RECIPES[parts.checkpoints["transformer"].variant]
+    noise = FilmNoise(request.seed)
     held = audio if request.audio_mode == "hold" or recipe.guided else None
     start = noise.initial(_empty(parts, request.shape))
     if audio is not None and held is None:
@@ -227,19 +255,19 @@ def _sample(
 
 def _enlarge(
     parts: Parts,
-    shape: FilmShape,
+    request: FilmRequest,
     base: Latents,
     text: Tensor,
-    noise: FilmNoise,
     frame: Tensor | None,
     progress: Progress,
 ) -> Latents:
     """The super-resolution stage."""
     steps = RECIPES[parts.checkpoints["super_resolution"].variant].steps
     progress("super-resolution", 0, steps)
+    noise = FilmNoise(request.seed).super_resolution(_empty(parts, request.large))
     with parts.use("super_resolution") as (transformer, run_block):
         return _kept(sample_super_resolution(
-            network_of(transformer, run_block), base, noise.super_resolution(_empty(parts, shape)), text,
+            network_of(transformer, run_block), base, noise, text,
             negative=None, steps=steps, first_frame=frame,
             callback=_step_callback("super-resolution", steps, progress),
         ), frame)  # fmt: skip

@@ -1,24 +1,70 @@
-"""Streaming: weights that stay in CPU memory, copied to the device one layer ahead of the computation."""
+"""Where the parts of a film run: on the device, streamed from CPU memory, in pieces."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-OFFLOADS = ("none", "stage", "blocks")
+from ..model.run_block import RunBlock
+
+# from the fastest to the one that needs least
+OFFLOADS = ("none", "stage", "blocks", "pieces")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a part runs.
+
+    `keep`: it stays on the device after its stage. `resident`: so many of its first layers lie on the device,
+    the others in CPU memory; None is all. `piece`: tokens that a transformer works on at once. `tiles`: of a
+    picture that is decoded. For both 0 is all at once.
+    """
+
+    keep: bool = False
+    resident: int | None = None
+    piece: int = 0
+    tiles: int = 0
+
+    def describe(self, layers: int | str = "all") -> str:
+        """It in words, for a part that has so many layers to stream."""
+        words = ["on the device for the whole film" if self.keep else "on the device"]
+        if self.resident is not None:
+            words = [
+                f"{self.resident} of {layers} layers on the device" if self.resident else "layers streamed"
+            ]
+        if self.piece:
+            words.append(f"pieces of {self.piece} tokens")
+        if self.tiles:
+            words.append(f"{self.tiles} tiles")
+        return ", ".join(words)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the RAM has no more memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def in_pieces(run_block: RunBlock, tokens: int) -> RunBlock:
+    """Run a transformer's layers by `run_block`, each on so many tokens at a time."""
+    return lambda index, layer, x: run_block(index, partial(layer, piece=tokens), x)
 
 
 class LayerStream:
     """Runs layers whose weights stay in CPU memory, each copied to the device while the one before it works.
 
-    An object of this class is the `run_block` of a network. Copies of two layers are on the device at most:
-    the next copy begins when the layer before the present one has been computed. Where the device can, the
-    CPU's memory is page-locked in place until `close`, so that copying and computing overlap.
+    An object of this class is the `run_block` of a network. The first `resident` layers are on the device and
+    run as they are. Copies of two others are there at most: the next copy begins when the layer before the
+    present one has been computed. Where the device can, the CPU's memory is page-locked in place until
+    `close`, so that copying and computing overlap.
     """
 
-    def __init__(self, layers: nn.ModuleList, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, layers: nn.ModuleList, device: torch.device, resident: int = 0) -> None:
+        self.device, self.resident = device, resident
         self.layers = [list(layer.parameters()) for layer in layers]
         self._ahead: tuple[int, list[Tensor]] | None = None
         # CPU and some accelerators have no streams: there a copy is made when it is asked for
@@ -26,9 +72,14 @@ class LayerStream:
         self._module = module if hasattr(module, "Stream") else None
         self._copying = self._module.Stream(device) if self._module else None
         self._computed = None  # event at the end of the layer before
-        self._locked = [weight for weight in layers.parameters() if self._lock(weight)]
+        streamed = [weight for layer in self.layers[resident:] for weight in layer]
+        self._locked = [weight for weight in streamed if self._lock(weight)]
 
     def __call__(self, index: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if index < self.resident:
+            if self._ahead is None:
+                self._start(self.resident)
+            return layer(x)
         copies = self._arrived(index)
         with _standing_in(self.layers[index], copies):
             x = layer(x)
@@ -37,7 +88,7 @@ class LayerStream:
             if self._computed is not None:
                 self._computed.synchronize()
             self._computed = computed
-        self._start((index + 1) % len(self.layers))
+        self._start(index + 1 if index + 1 < len(self.layers) else self.resident)
         return x
 
     def close(self) -> None:

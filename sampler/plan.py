@@ -1,18 +1,18 @@
-"""The memory plan: bytes of weights and activations of every stage, and which placement fits.
+"""The memory plan: bytes of weights and activations of every stage, and which placements fit.
 
 Weights are counted from the files. Activations are sums of the tensors alive at each network's fullest
 moment, as its code makes them; tests/sampler/test_plan.py compares them with the live tensors of the networks
 themselves, of published and miniature size. What a device's library takes beside tensors is not in them.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import psutil
 import torch
 
 from ..model.audio_vae import CHUNK, decoder_context
-from ..model.checkpoint import Checkpoint, storage_dtype
 from ..model.config import (
     AudioVAEConfig,
     Config,
@@ -21,66 +21,182 @@ from ..model.config import (
     VideoDecoderConfig,
     VideoVAEConfig,
 )
-from ..model.geometry import FilmShape
+from ..model.geometry import PIXELS_PER_LATENT, FilmShape
 from ..model.prompt import TEXT_LIMIT
 from ..model.transformer import piece_tokens
-from ..model.video_decoder import piece_frames
+from ..model.video_decoder import largest_tile, piece_frames, reach, tile_grid
 from .parts import STREAMED_PARTS, part_dtype
-from .placement import OFFLOADS
+from .placement import OFFLOADS, Placement
 
 GB = 1e9
 TEXT_TOKENS = TEXT_LIMIT  # a longer prompt is encoded whole, and needs more
 RESERVE = 0.06  # share of the memory left to the driver, the allocator's gaps and everybody else
 SMALL_TENSORS = 1.05  # everything that the formulas leave out
+SAMPLER_LATENTS = 10  # latents that a sampler holds beside the network: its history, noise and results
+PIECES = (4096, 1024)  # tokens at a time
+TILES = (2, 4, 8, 16)
 CPU = torch.device("cpu")
+
+
+class SizedPart(Protocol):
+    """What the plan wants to know of a part: an opened `Checkpoint`, or what stands for one."""
+
+    part: str
+    config: Config
+    names: Mapping[str, str]
+
+    def shape(self, own: str) -> torch.Size:
+        """The shape of a tensor by our name."""
+
+    def kept_bytes(self, own: str, dtype: torch.dtype) -> int:
+        """Bytes of it once it is loaded."""
+
+    def keeps_quantized(self, own: str) -> bool:
+        """Whether it stays quantised."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a film may use on its device and in RAM, the same where the device is the CPU."""
+
+    device: int
+    ram: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """Peak bytes on the device and in RAM; where the device is the CPU all is in the first."""
+
+    device: int
+    ram: int
+
+    def fits(self, room: Room) -> bool:
+        """Whether there is room for it."""
+        return self.device <= room.device and self.ram <= room.ram
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes of activations where a network works on pieces of so many tokens, or in so many tiles."""
+
+    num_bytes: int
+    piece: int = 0
+    tiles: int = 0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage needs, in bytes. `layers` is the part of its weights that can be streamed."""
+    """What one part of a film needs, in bytes.
 
+    `layers` are those of its weights that can be streamed, `rest` is all others. `dequantized` is the largest
+    weight that is worked out from a quantised one, `largest` the largest tensor that passes through RAM when
+    it is loaded, `in_ram` what the stage holds there. `works` begins with the usual way of working, each
+    other needing less.
+    """
+
+    role: str
     name: str
-    weights: int
-    activations: int
-    layers: int = 0
-    largest_layer: int = 0
+    rest: int
+    layers: tuple[int, ...]
+    works: tuple[Work, ...]
+    dequantized: int = 0
+    largest: int = 0
+    in_ram: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all weights."""
+        return self.rest + sum(self.layers)
+
+    def activations(self, placement: Placement) -> int:
+        """Bytes beside the weights."""
+        wanted = (placement.piece, placement.tiles)
+        return self.dequantized + next(w.num_bytes for w in self.works if (w.piece, w.tiles) == wanted)
+
+    def need(self, placement: Placement, device: torch.device) -> Need:
+        """The peak of the stage alone."""
+        active = self.activations(placement)
+        if placement.resident is None:
+            streamed = copies = 0
+        else:
+            streamed = sum(self.layers[placement.resident :])
+            copies = 2 * max(self.layers[placement.resident :], default=0)
+        if device.type == "cpu":  # what the copies are made from lies there too
+            return Need(self.weights + copies + active, 0)
+        return Need(self.weights - streamed + copies + active, streamed + self.largest + self.in_ram)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of one film on a device; if offloaded, the weights of one stage at a time are there."""
+    """The stages of one film on a device."""
 
     stages: tuple[Stage, ...]
     device: torch.device
 
-    def on_device(self, offload: str) -> int:
-        """Peak bytes on the device under an offload ('none', 'stage' or 'blocks')."""
+    def options(self, stage: Stage, offload: str) -> Iterator[Placement]:
+        """The placements of a stage under an offload, the fastest first; what changes roundings comes last.
+
+        'auto' has all of them. Streaming is of no use where the device is the CPU.
+        """
+        streams = bool(stage.layers) and self.device.type != "cpu"
+        if offload in ("none", "stage", "blocks"):
+            resident = 0 if offload == "blocks" and stage.layers else None
+            yield Placement(keep=offload == "none", resident=resident)
+            return
+        works = stage.works
+        if offload == "pieces":
+            works = stage.works[-1:] if stage.works[-1].piece else stage.works
+        for work in works:
+            whole = Placement(piece=work.piece, tiles=work.tiles)
+            if offload == "auto" or not streams:
+                yield whole
+            counts = range(len(stage.layers) - 1, -1, -1) if offload == "auto" else (0,)
+            for resident in counts if streams else ():
+                yield replace(whole, resident=resident)
+
+    def place(self, offload: str, room: Room) -> dict[str, Placement] | None:
+        """A placement for every role under an offload or 'auto', or None if nothing fits."""
+        if offload in ("auto", "none") and self.need("none").fits(room):
+            return {stage.role: Placement(keep=True) for stage in self.stages}
         if offload == "none":
-            return sum(s.weights for s in self.stages) + max(s.activations for s in self.stages)
-        return max(s.activations + self._weights(s, offload) for s in self.stages)
+            return None
+        chosen = {stage.role: self._first_fit(stage, offload, room) for stage in self.stages}
+        return None if None in chosen.values() else chosen
 
-    def _weights(self, stage: Stage, offload: str) -> int:
-        if offload == "stage":
-            return stage.weights
-        # Two layers are copied; where the device is the CPU, what they are copied from lies there too.
-        elsewhere = 0 if self.device.type == "cpu" else stage.layers
-        return stage.weights - elsewhere + 2 * stage.largest_layer
+    def closest(self, offload: str, room: Room) -> dict[str, Placement]:
+        """For every role the first placement that fits, else the one that needs least."""
+        least = {stage.role: self._least(stage, offload)[0] for stage in self.stages}
+        return {s.role: self._first_fit(s, offload, room) or least[s.role] for s in self.stages}
 
-    def in_ram(self, offload: str) -> int:
-        """Peak bytes that lie in RAM for good beside an accelerator: the layers to stream, and two staged."""
-        if offload != "blocks" or self.device.type == "cpu":
-            return 0
-        return max(s.layers + 2 * s.largest_layer for s in self.stages)
+    def _first_fit(self, stage: Stage, offload: str, room: Room) -> Placement | None:
+        options = self.options(stage, offload)
+        return next((option for option in options if stage.need(option, self.device).fits(room)), None)
 
-    def fits(self, offload: str) -> bool:
-        """Whether the device and the RAM have what is needed under an offload."""
-        return self.on_device(offload) <= free_memory(self.device) and self.in_ram(offload) <= free_memory(
-            CPU
-        )
+    def steps_down(self, stage: Stage, placement: Placement, room: Room) -> tuple[Placement, ...]:
+        """A placement and those to take after it where memory runs out all the same, by what RAM allows."""
+        steps = [placement]
+        if placement.keep:  # what is kept of other parts goes first
+            steps.append(Placement())
+        works = [(work.piece, work.tiles) for work in stage.works]
+        later = works[works.index((placement.piece, placement.tiles)) :]
+        resident = 0 if stage.layers and self.device.type != "cpu" else placement.resident
+        steps += [Placement(False, resident, *work) for work in later]
+        needs = [stage.need(step, self.device) for step in steps]
+        kept = [step for step, need in zip(steps[1:], needs[1:], strict=True) if need.ram <= room.ram]
+        return tuple(dict.fromkeys((placement, *kept)))
 
-    def choose(self, offloads: Iterable[str] = OFFLOADS) -> str | None:
-        """The first placement that fits, the fastest first; None if none does."""
-        return next((offload for offload in offloads if self.fits(offload)), None)
+    def need(self, offload: str) -> Need:
+        """The peak of the whole film: under 'auto' and 'pieces' the least that it can be made with."""
+        needs = [self._least(stage, offload)[1] for stage in self.stages]
+        device, ram = max(need.device for need in needs), max(need.ram for need in needs)
+        if offload == "none":
+            active = max(stage.activations(Placement()) for stage in self.stages)
+            device = sum(stage.weights for stage in self.stages) + active
+        return Need(device, ram)
+
+    def _least(self, stage: Stage, offload: str) -> tuple[Placement, Need]:
+        needs = [(option, stage.need(option, self.device)) for option in self.options(stage, offload)]
+        return min(needs, key=lambda pair: (pair[1].device, pair[1].ram))
 
 
 def free_memory(device: torch.device) -> int:
@@ -92,42 +208,79 @@ def free_memory(device: torch.device) -> int:
     return int(free * (1 - RESERVE))
 
 
-def require_fit(plan: Plan, offload: str, smaller: Iterable[tuple[str, Plan]]) -> str:
-    """Return the offload to use ('auto' is decided here); raises MemoryError saying what would fit.
+def room_on(device: torch.device, vram: float | None = None, ram: float | None = None) -> Room:
+    """What is free, or of so many GB of a device's memory and of RAM what a film may use."""
+    on_cpu = free_memory(CPU) if ram is None else int(ram * GB * (1 - RESERVE))
+    if device.type == "cpu":
+        return Room(on_cpu, on_cpu)
+    return Room(free_memory(device) if vram is None else int(vram * GB * (1 - RESERVE)), on_cpu)
+
+
+def require_fit(
+    plan: Plan, offload: str, smaller: Iterable[tuple[str, Plan]], room: Room
+) -> dict[str, tuple[Placement, ...]]:
+    """For each role the placement chosen, then those to step down to; raises MemoryError saying what fits.
 
     `smaller` are plans of other films, the dearest first, with what to ask for to get them.
     """
-    asked = OFFLOADS if offload == "auto" else (offload,)
-    if (chosen := plan.choose(asked)) is not None:
-        return chosen
+    if (chosen := plan.place(offload, room)) is not None:
+        return {stage.role: plan.steps_down(stage, chosen[stage.role], room) for stage in plan.stages}
     cures = []
-    if (other := plan.choose()) is not None:
+    if (other := first_offload(plan, room)) is not None:
         cures.append(f"--offload {other} ({_need(plan, other)})")
     for what, film in smaller:
-        if (other := film.choose((*asked, *OFFLOADS))) is not None:
-            cures.append(what if other in asked else f"{what} with --offload {other}")
-            break
-    least = min(asked, key=plan.on_device)
-    free = f"{_gb(free_memory(plan.device))}"
-    if plan.in_ram(least):
-        free += f" and {_gb(free_memory(CPU))}"
+        if film.place(offload, room) is not None:
+            cures.append(what)
+        elif (other := first_offload(film, room)) is not None:
+            cures.append(f"{what} with --offload {other}")
+        else:
+            continue
+        break
+    free = _gb(room.device)
+    if plan.need(offload).ram:
+        free += f" and {_gb(room.ram)}"
     raise MemoryError(
-        f"this film needs about {_need(plan, least)} with --offload {least}, {free} are free; "
+        f"this film needs about {_need(plan, offload)} with --offload {offload}, {free} are free; "
         + (f"what would fit: {' or '.join(cures)}" if cures else "nothing smaller would fit")
     )
 
 
+def first_offload(plan: Plan, room: Room) -> str | None:
+    """The fastest offload under which a film fits, if any."""
+    return next((offload for offload in (*OFFLOADS, "auto") if plan.place(offload, room) is not None), None)
+
+
 def _need(plan: Plan, offload: str) -> str:
-    ram = plan.in_ram(offload)
-    return f"{_gb(plan.on_device(offload))} on {plan.device}" + (f" and {_gb(ram)} of RAM" if ram else "")
+    need = plan.need(offload)
+    return f"{_gb(need.device)} on {plan.device}" + (f" and {_gb(need.ram)} of RAM" if need.ram else "")
 
 
 def _gb(size: int) -> str:
     return f"{size / GB:.2f} GB"
 
 
+def table(plan: Plan, placements: Mapping[str, Placement], room: Room) -> list[str]:
+    """The plan as lines: of each stage its placement, its peak on the device and in RAM in GB, if it fits."""
+    rows = [("stage", "placement", "VRAM", "RAM", "fits")]
+    kept = sum(stage.weights for stage in plan.stages if placements[stage.role].keep)
+    for stage in plan.stages:
+        placement = placements[stage.role]
+        need = stage.need(placement, plan.device)
+        need = Need(need.device + kept - (stage.weights if placement.keep else 0), need.ram)
+        vram, ram = (f"{num_bytes / GB:.2f}" for num_bytes in (need.device, need.ram))
+        if plan.device.type == "cpu":
+            vram, ram = "-", vram
+        fits = "yes" if need.fits(room) else "NO"
+        rows.append((stage.name, placement.describe(len(stage.layers)), vram, ram, fits))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return [
+        f"{name:<{widths[0]}}  {place:<{widths[1]}}  {vram:>{widths[2]}}  {ram:>{widths[3]}}  {fits}"
+        for name, place, vram, ram, fits in rows
+    ]
+
+
 def plan_film(
-    parts: dict[str, Checkpoint],
+    parts: Mapping[str, SizedPart],
     shape: FilmShape,
     large: FilmShape | None,
     dtype: torch.dtype,
@@ -145,39 +298,78 @@ def plan_film(
     ), device)  # fmt: skip
 
 
-def _stage(
-    role: str, checkpoint: Checkpoint, shape: FilmShape, dtype: torch.dtype, device: torch.device
-) -> Stage:
-    weights, layers = 0, {}
-    for own, name in checkpoint.names.items():
-        elements = torch.Size(checkpoint.file.tensors[name].shape).numel()
-        size = elements * storage_dtype(checkpoint.part, own, dtype).itemsize
-        weights += size
-        head, _, rest = own.removeprefix("block.").partition(".")
-        if head == "layers" and checkpoint.part in STREAMED_PARTS:
-            index = rest.partition(".")[0]
+def _stage(role: str, part: SizedPart, shape: FilmShape, dtype: torch.dtype, device: torch.device) -> Stage:
+    rest, layers, largest, dequantized = 0, {}, 0, 0
+    for own in part.names:
+        size = part.kept_bytes(own, dtype)
+        largest = max(largest, size)
+        if part.keeps_quantized(own) and own != "embed_tokens.weight":  # of which only rows are used
+            dequantized = max(dequantized, part.shape(own).numel() * dtype.itemsize)
+        head, _, below = own.removeprefix("block.").partition(".")
+        if head == "layers" and part.part in STREAMED_PARTS:
+            index = int(below.partition(".")[0])
             layers[index] = layers.get(index, 0) + size
-    needed = int(SMALL_TENSORS * activations(role, checkpoint.config, shape, dtype, device))
-    return Stage(
-        role.replace("_", " "), weights, needed, sum(layers.values()), max(layers.values(), default=0)
-    )
+        else:
+            rest += size
+    works = tuple(_works(role, part.config, shape, dtype, device))
+    chunk = 2 * 3 * 28 * shape.width * shape.height if role == "video_decoder" else 0
+    sizes = tuple(layers[index] for index in sorted(layers))
+    return Stage(role, NAMES[role], rest, sizes, works, dequantized, largest, chunk)
+
+
+NAMES = {
+    "text_encoder": "text encoder",
+    "video_vae": "image",
+    "transformer": "base",
+    "super_resolution": "super-resolution",
+    "video_decoder": "picture",
+    "audio_vae": "sound",
+}
+
+
+def _works(
+    role: str, config: Config, shape: FilmShape, dtype: torch.dtype, device: torch.device
+) -> Iterator[Work]:
+    """The ways of working, each needing less than the one before."""
+    pieces = PIECES if isinstance(config, TransformerConfig) else ()
+    tiles = TILES if isinstance(config, VideoDecoderConfig) else ()
+    latents = SAMPLER_LATENTS * _latents(shape) if isinstance(config, TransformerConfig) else 0
+    least = None
+    for piece, tile in ((0, 0), *((piece, 0) for piece in pieces), *((0, count) for count in tiles)):
+        needed = int(SMALL_TENSORS * activations(role, config, shape, dtype, device, piece, tile)) + latents
+        if least is None or needed < least:
+            least = needed
+            yield Work(needed, piece, tile)
 
 
 def activations(
-    role: str, config: Config, shape: FilmShape, dtype: torch.dtype, device: torch.device
+    role: str,
+    config: Config,
+    shape: FilmShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    piece: int = 0,
+    tiles: int = 0,
 ) -> float:
-    """Bytes of the tensors alive at the fullest moment of the network of a role, without its weights."""
+    """Bytes of the tensors alive at the fullest moment of the network of a role, without its weights.
+
+    `piece` and `tiles` are those of a placement.
+    """
     size = dtype.itemsize
     if isinstance(config, TransformerConfig):
         tokens = shape.video_tokens + shape.audio_latents + TEXT_TOKENS
         windowed = config.frame_receptive_field < shape.latent_frames - 1
+        if piece:
+            near = min(2 * config.frame_receptive_field + 1, shape.latent_frames) if windowed else 0
+            seen = near * shape.video_tokens // shape.latent_frames + shape.audio_latents + TEXT_TOKENS
+            return _transformer_in_pieces(config, tokens, size, device, piece, seen)
         return transformer_activations(config, tokens, size, device, windowed)
     if isinstance(config, TextEncoderConfig):
         return _text_encoder(config, size)
     if isinstance(config, AudioVAEConfig):
         return _audio(config, shape)
     if isinstance(config, VideoDecoderConfig):
-        return _turbo_decoder(config, shape, size)
+        return _turbo_decoder(config, shape, size, tiles)
     return (_video_encoder if role == "video_vae" else _wan_decoder)(config, shape, size)
 
 
@@ -192,8 +384,8 @@ def transformer_activations(
     windowed = windowed and bool(config.local_attn_layers)
     stream = 4 * width + 3 * config.head_dim  # float32, and the rotary table
     heads = size * (width + 2 * groups + config.num_heads) + size * (width + groups)  # qkvg; q and k rotated
-    # keys and values of all heads, the result and its copies; with windows, pieces of all these
-    attended = (6 if windowed else 4) * size * width
+    # the result and its copies, or with windows its pieces
+    attended = 3 * size * width
     if device.type == "cpu":  # there all of it is float32
         attended = (2 * size + (8 if size == 4 else 18) + (14 if windowed else 0)) * width
     gated = (8 + size) * width
@@ -204,13 +396,31 @@ def transformer_activations(
     return max(tokens * (stream + heads + max(attended, gated)), mlp)
 
 
+def _transformer_in_pieces(
+    config: TransformerConfig, tokens: int, size: int, device: torch.device, piece: int, seen: int
+) -> int:
+    """The same in pieces; `seen` is how many keys a window has."""
+    width, groups = config.hidden_size, config.num_query_groups * config.head_dim
+    piece, on_cpu = min(piece, tokens), device.type == "cpu"
+    heads = size * (width + 2 * groups + config.num_heads)
+    whole = tokens * (8 * width + 3 * config.head_dim + heads)  # both streams, the heads' inputs
+    keys = (seen if config.local_attn_layers else 0) * 4 * size * groups  # of one frame and the next
+    keys += tokens * (8 * groups if on_cpu else 0)  # there they are made float32
+    attended = piece * width * (18 if on_cpu else 8 + 3 * size)
+    mlp = piece * max(
+        config.inner_width(i) * (16 if i in config.gelu7_layers else 24) for i in range(config.num_layers)
+    )
+    last_norm = tokens * 12 * width
+    return max(whole + keys + attended, tokens * (8 * width + 3 * config.head_dim) + mlp, last_norm)
+
+
 def _text_encoder(config: TextEncoderConfig, size: int) -> int:
     heads = (3 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     scores = config.num_attention_heads * TEXT_TOKENS**2 * 12  # three of float32, or its equal
     return scores + TEXT_TOKENS * size * (2 * config.hidden_size + heads)
 
 
-def _turbo_decoder(config: VideoDecoderConfig, shape: FilmShape, size: int) -> int:
+def _turbo_decoder(config: VideoDecoderConfig, shape: FilmShape, size: int, tiles: int) -> int:
     pixels, length = shape.width * shape.height, shape.latent_frames
     first, step = config.first_chunk_size, config.step_size
     frames, chunk = 4 * first - 3, 0
@@ -218,9 +428,20 @@ def _turbo_decoder(config: VideoDecoderConfig, shape: FilmShape, size: int) -> i
         frames, chunk = 4 * (step + 1 + (length > first + step)), 4 * 3 * pixels * 4 * step
     # The last blocks at full size hold input, middle and output; a piece needs 10 bytes a value for its norm
     full = config.decoder_spatio_temporal_scaling.index(True) + 1
-    frame = pixels // config.patch_size**2 * max(config.decoder_block_out_channels[:full])
+    area = pixels
+    if tiles:
+        area = _largest_tile(config, shape, tiles)
+        chunk += 4 * 3 * pixels * 4 * max(step, first)  # what the tiles are put together in
+    frame = area // config.patch_size**2 * max(config.decoder_block_out_channels[:full])
     piece = min(piece_frames(frame) + 2, frames)
     return 3 * frames * frame * size + piece * frame * 10 + chunk + _latents(shape)
+
+
+def _largest_tile(config: VideoDecoderConfig, shape: FilmShape, tiles: int) -> int:
+    """Pixels of the largest tile with its margins."""
+    size = shape.latent_rows, shape.latent_columns
+    latents = largest_tile(*size, tile_grid(*size, tiles, reach(config)), reach(config))
+    return latents * PIXELS_PER_LATENT**2
 
 
 def _wan_decoder(config: VideoVAEConfig, shape: FilmShape, size: int) -> float:

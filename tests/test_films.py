@@ -17,6 +17,7 @@ from happyhorse.media import frames_to_uint8, prepare_image, read_audio, read_fi
 from happyhorse.model.audio_vae import ENCODE_RATE
 from happyhorse.model.checkpoint import load, open_checkpoint, storage_dtype
 from happyhorse.model.config import PONY, VARIANTS, TransformerConfig
+from happyhorse.model.convert import convert
 from happyhorse.model.geometry import FILM_RATE, SIZE_STEP
 from happyhorse.model.packing import Latents
 from happyhorse.model.prompt import TextStates
@@ -309,3 +310,49 @@ def write_recorded_transformer(golden: GoldenFile, folder: Path) -> Path:
 def test_the_miniature_has_all_variants(pony_folder: Path) -> None:
     for variant in VARIANTS:
         assert open_checkpoint(pony_folder / variant).variant == variant
+
+
+# LoRAs
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that changes the heads of video and audio."""
+    path, generator = tmp_path_factory.mktemp("lora") / "heads.safetensors", torch.Generator().manual_seed(1)
+    width, tensors = PONY.transformers["distill"].hidden_size, {}
+    for name, channels in (("video", 192), ("audio", 64)):
+        for half, shape in (("A", (2, width)), ("B", (channels, 2))):
+            factor = torch.randn(shape, generator=generator) / width**0.5
+            tensors[f"transformer.final_linear_{name}.lora_{half}.weight"] = factor
+    save_file(tensors, path)
+    return path
+
+
+def test_a_lora_changes_the_film_as_strongly_as_asked(
+    pony_folder: Path, tmp_path: Path, plain: Film, lora: Path
+) -> None:
+    changed = Film(pony_folder, tmp_path, "--seconds", "1", "--lora", f"{lora}:0.5")
+    assert relative_error(changed.latents.video, plain.latents.video) > 1e-2
+    assert changed.settings["lora"] == ["heads.safetensors:0.5"]
+    for strength in ("0", "1:video=0,audio=0"):
+        none = Film(pony_folder, tmp_path, "--seconds", "1", "--lora", f"{lora}:{strength}", name="none")
+        assert all(map(torch.equal, none.latents, plain.latents))
+    stacked = Film(
+        pony_folder, tmp_path, "--seconds", "1", "--lora", f"{lora}:0.2", "--lora", f"{lora}:0.3", name="two"
+    )
+    assert relative_error(stacked.latents.video, changed.latents.video) < 1e-5
+
+
+def test_a_quantised_film_streams_without_changing_a_bit(
+    pony_folder: Path, tmp_path: Path, lora: Path
+) -> None:
+    model = tmp_path / "distill.gguf"
+    convert(open_checkpoint(pony_folder / "distill"), model, "q5_0", "test")
+    options = ["--seconds", "1", "--model", str(model), "--lora", str(lora)]
+    films = [
+        Film(pony_folder, tmp_path, *options, "--offload", offload, name=offload)
+        for offload in ("none", "stage", "blocks")
+    ]
+    assert films[0].settings["model"] == "distill.gguf"
+    for film in films[1:]:
+        assert all(map(torch.equal, film.latents, films[0].latents))

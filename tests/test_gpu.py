@@ -6,7 +6,14 @@ import pytest
 import torch
 from golden_files import relative_error
 
-from happyhorse.kernels.attention import FrameWindow, attention, attention_reference
+from happyhorse.kernels.attention import (
+    PACKAGES,
+    FrameWindow,
+    attention,
+    attention_backend,
+    attention_reference,
+)
+from happyhorse.kernels.scaled_matmul import has_scaled_matmul, scaled_linear, scaled_linear_reference
 from happyhorse.model.checkpoint import open_checkpoint
 from happyhorse.model.packing import Latents
 from happyhorse.sampler.noise import FilmNoise
@@ -23,8 +30,9 @@ def device() -> torch.device:
     return torch.device(torch.accelerator.current_accelerator().type, 0)
 
 
-def velocity(pony: Path, device: torch.device, offload: str, dtype: torch.dtype) -> Latents:
-    parts = Parts({"transformer": open_checkpoint(pony / "1080p_sr")}, device, offload, dtype, dtype)
+def velocity(pony: Path, device: torch.device, offload: str, dtype: torch.dtype, **options) -> Latents:
+    checkpoints = {"transformer": open_checkpoint(pony / "1080p_sr")}
+    parts = Parts(checkpoints, device, offload, dtype, dtype, **options)
     start = FilmNoise(0).initial(Latents(torch.empty(1, 48, 7, 8, 8), torch.empty(1, 26, 64)))
     text = torch.randn(1, 9, 96, generator=torch.Generator().manual_seed(1))
     with parts.use("transformer") as (transformer, run_block), torch.inference_mode():
@@ -63,3 +71,55 @@ def test_a_film_gives_its_memory_back(pony_folder: Path, device: torch.device) -
     before = memory.memory_allocated(device)
     velocity(pony_folder, device, "blocks", torch.bfloat16)
     assert memory.memory_allocated(device) <= before
+
+
+SHAPES = [(256, 512), (27, 41), (7208, 5120), (5120, 13652)]  # the last two as published, and no multiples
+
+
+@pytest.mark.parametrize("scaled", ["not", "whole", "by row"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("weight_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_float8_products_on_the_device_are_their_reference(
+    device: torch.device,
+    rows: int,
+    columns: int,
+    weight_dtype: torch.dtype,
+    dtype: torch.dtype,
+    scaled: str,
+) -> None:
+    if not has_scaled_matmul(device):
+        pytest.skip("this device does not multiply float8")
+    weight = torch.randn(rows, columns, device=device).to(weight_dtype)
+    by_row = torch.rand(rows, 1, device=device) / 100 + 0.01
+    scale = {"not": None, "whole": by_row[0, 0], "by row": by_row}[scaled]
+    x = torch.randn(2, 37, columns, device=device).to(dtype)
+    got = scaled_linear(x, weight, scale)
+    assert got.dtype == dtype and got.shape == (2, 37, rows)
+    # the units round sums of many products to fewer bits than float32 has
+    assert relative_error(got, scaled_linear_reference(x, weight, scale).double()) < 0.01
+    assert scaled_linear(x[:, :0], weight, scale).shape == (2, 0, rows)
+
+
+@pytest.mark.parametrize("window", [None, FrameWindow(8, 64, 3)])
+@pytest.mark.parametrize(("backend", "tolerance"), [("sdpa", 0.01), ("flash", 0.01), ("sage", 0.06)])
+def test_every_attention_that_is_installed_is_the_definition(
+    device: torch.device, backend: str, tolerance: float, window: FrameWindow | None
+) -> None:
+    if backend in PACKAGES:
+        pytest.importorskip(PACKAGES[backend][0])
+    shapes = (1, 8, 600, 128), (1, 2, 600, 128), (1, 2, 600, 128)
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
+    want = attention_reference(*(t.float() for t in (q, k, v)), window)
+    got = attention_backend(backend, device, torch.bfloat16)(q, k, v, window)
+    assert relative_error(got, want.double()) < tolerance
+
+
+@pytest.mark.parametrize("offload", ["none", "blocks"])
+def test_compiled_layers_on_the_device_change_nothing(
+    pony_folder: Path, device: torch.device, offload: str
+) -> None:
+    want = velocity(pony_folder, device, offload, torch.float32)
+    got = velocity(pony_folder, device, offload, torch.float32, compiled=True)
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-5

@@ -7,7 +7,7 @@ from golden_files import GoldenFile, full_size, golden_files, relative_error, we
 from torch import Tensor
 
 from happyhorse.model.config import LATENT_MEAN, LATENT_STD, MAGIHUMAN, PONY, VideoDecoderConfig
-from happyhorse.model.video_decoder import VideoDecoder, from_published
+from happyhorse.model.video_decoder import VideoDecoder, from_published, reach, tile_grid
 
 TOLERANCE = 1e-4
 TINY = replace(PONY.video_decoder, decoder_block_out_channels=(4, 4, 8, 8))
@@ -98,6 +98,36 @@ def test_early_frames_do_not_depend_on_latents_beyond_their_window() -> None:
     changed[:, :, 4:] += 1
     first, first_changed = next(decoder.decode_chunks(latents)), next(decoder.decode_chunks(changed))
     assert torch.equal(first, first_changed)
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 9])
+def test_tiles_make_the_same_film_but_for_rounding(tiles: int) -> None:
+    decoder = with_windows(2, 2)
+    latents = torch.randn(1, 48, 4, 18, 40, generator=torch.Generator().manual_seed(3))
+    whole, tiled = list(decoder.decode_chunks(latents)), list(decoder.decode_chunks(latents, tiles))
+    assert [chunk.shape for chunk in tiled] == [chunk.shape for chunk in whole]
+    for got, want in zip(tiled, whole, strict=True):
+        assert relative_error(got, want) < 1e-5 and (got - want).abs().max() < 1e-4 * want.std()
+
+
+def test_a_pixel_depends_on_latents_as_far_as_tiles_look_and_no_further() -> None:
+    decoder, far = with_windows(1, 1), reach(TINY)
+    latents = torch.randn(1, 48, 1, 2 * far + 3, 1, generator=torch.Generator().manual_seed(3))
+    changed = latents.clone()
+    changed[..., far + 1, :] += 5
+    difference = (decoder.decode(changed) - decoder.decode(latents)).abs().amax((0, 1, 2, 4))
+    rows = difference.view(-1, 16).amax(1).nonzero().flatten()
+    assert (rows[0], rows[-1]) == (1, 2 * far + 1), "the first and the last row are out of reach"
+    assert reach(MAGIHUMAN.video_decoder) == 15
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 8, 16, 99])
+def test_tiles_cover_the_picture_once_and_are_no_more_than_asked_for(tiles: int) -> None:
+    grid = tile_grid(7, 12, tiles, 2)
+    seen = torch.zeros(7, 12)
+    for (top, bottom), (left, right) in grid:
+        seen[top:bottom, left:right] += 1
+    assert (seen == 1).all() and len(grid) <= tiles
 
 
 def test_the_network_runs_in_the_dtype_of_its_weights() -> None:

@@ -9,10 +9,16 @@ import av
 import host
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from happyhorse import cli
+from happyhorse.model.checkpoint import open_checkpoint
+from happyhorse.model.convert import convert, suffix_of
+from happyhorse.model.video_vae import normalize_latents
+from happyhorse.model.weight_files import write_tensors
+from happyhorse.options import pony_folder
 
 SETTINGS = {
     "text": [],
@@ -63,8 +69,55 @@ def test_graph_and_command_line_make_one_film(
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     asked = ["--dtype", dtype] if dtype else []
+    check_one_film(client, [*SETTINGS[setting], *asked])
+
+
+# part -> the format it is converted to
+QUANTIZED = {
+    "fp8": {"distill": "fp8"},
+    "GGUF": {"distill": "q8_0", "text_encoder": "q4_0"},
+    "a text encoder in fp8": {"text_encoder": "fp8"},
+}
+OPTIONS = {"distill": ("--model", "diffusion_models"), "text_encoder": ("--text-encoder", "text_encoders")}
+LAYERS = ("block.layers.0.attention.linear_qkv", "block.layers.2.mlp.down_proj")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("formats", QUANTIZED)
+def test_quantised_weights_and_loras_make_one_film(
+    client: host.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, formats: str, dtype: str
+) -> None:
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    models, asked = client.server.base / "models", ["--dtype", dtype]
+    for part, to in QUANTIZED[formats].items():
+        option, folder = OPTIONS[part]
+        path = models / folder / f"{part}-{to}{suffix_of(to)}"
+        path.parent.mkdir(exist_ok=True)
+        convert(open_checkpoint(pony_folder() / part), path, to, "test")
+        asked += [option, str(path)]
+    if "distill" in QUANTIZED[formats]:
+        asked += ["--lora", f"{write_lora(models / 'loras')}:0.7:audio=0.5,blocks=0-2"]
+    check_one_film(client, asked)
+
+
+def write_lora(folder: Path) -> Path:
+    """A LoRA that changes the film a good deal."""
+    folder.mkdir(exist_ok=True)
+    shapes, generator = open_checkpoint(pony_folder() / "distill"), torch.Generator().manual_seed(4)
+    tensors = {}
+    for name in LAYERS:
+        rows, columns = shapes.shape(f"{name}.weight")
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator) / columns**0.5
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) / 8
+    write_tensors(folder / "same.safetensors", tensors)
+    return folder / "same.safetensors"
+
+
+def check_one_film(client: host.Client, asked: list[str]) -> None:
+    """Make a film in the current folder by the command line and by the graph it saves, and compare them."""
     outputs = ["--out", "film.mp4", "--save-latents", "film.safetensors", "--save-workflow", "film.json"]
-    assert cli.main([*COMMAND, *SETTINGS[setting], *outputs, *asked, "--device", "cpu"]) == 0
+    assert cli.main([*COMMAND, *asked, *outputs, "--device", "cpu"]) == 0
     for name in ("image.png", "sound.wav"):
         client.put(Path(name))
 
@@ -76,8 +129,6 @@ def test_graph_and_command_line_make_one_film(
     files = {file.suffix: file for file in run.files}
 
     want, found = load_file("film.safetensors"), load_file(files[".safetensors"])
-    from happyhorse.model.video_vae import normalize_latents
-
     video, audio = normalize_latents(found["video"]), found["audio"].transpose(1, 2)
     assert (video - want["video"]).abs().max() < 1e-4
     assert (audio - want["audio"]).abs().max() < 1e-4

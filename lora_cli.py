@@ -1,0 +1,92 @@
+"""`happyhorse lora`: what LoRA files are, and what is made of them."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from . import __version__
+from .model.checkpoint import Checkpoint, UnknownVariantError, open_checkpoint
+from .model.config import PRESETS, VARIANTS, TransformerConfig
+from .model.lora import match, transformer_shapes
+from .model.lora_formats import LoraFile, open_lora
+from .model.lora_report import describe_lora, describe_match
+from .model.lora_tools import convert_lora, extract_lora, merge_loras
+
+Progress = Callable[[str, int, int], None]
+PROGRAM = f"happyhorse {__version__}"
+SHOWN_SETTINGS, SHOWN_CHARACTERS = 12, 100
+
+
+def run_lora(options: argparse.Namespace, progress: Progress) -> str:
+    """Do what the options say and return what to tell of it; raises ValueError or OSError."""
+    return {"inspect": _inspect, "convert": _convert, "extract": _extract, "merge": _merge}[options.action](
+        options, progress
+    )
+
+
+def _inspect(options: argparse.Namespace, progress: Progress) -> str:  # noqa: ARG001
+    config = _config(options)
+    return "\n\n".join(_inspected(open_lora(path), config, options.preset) for path in options.files)
+
+
+def _inspected(lora: LoraFile, config: TransformerConfig, preset: str) -> str:
+    try:
+        fit = describe_match(lora, match(lora, config, transformer_shapes(config)), config)
+    except ValueError as error:
+        fit = str(error)
+    settings = [
+        f"  {name}: {value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + '...'}"
+        for name, value in sorted(lora.file.metadata.items())
+    ]
+    more = settings[SHOWN_SETTINGS:]
+    settings = [*settings[:SHOWN_SETTINGS], *([f"  and {len(more)} more"] if more else [])]
+    header = ["in its header:", *settings] if settings else ["nothing in its header"]
+    return "\n".join([describe_lora(lora), f"{preset}: {fit}", *header])
+
+
+def _convert(options: argparse.Namespace, progress: Progress) -> str:  # noqa: ARG001
+    _check_target(options.out, [options.source], options.overwrite)
+    lora, config = open_lora(options.source), _config(options)
+    return f"{describe_match(lora, convert_lora(lora, options.out, config), config)}\n{_size(options.out)}"
+
+
+def _extract(options: argparse.Namespace, progress: Progress) -> str:
+    _check_target(options.out, [options.tuned, options.base], options.overwrite)
+    tuned, base = _open(options.tuned), _open(options.base)
+    told = partial(progress, "extracting")
+    errors = extract_lora(tuned, base, options.out, options.rank, PROGRAM, told)
+    lines = [f"{kind}: error {100 * error:.3g} %" for kind, error in errors.items()]
+    return "\n".join([*lines, _size(options.out)])
+
+
+def _merge(options: argparse.Namespace, progress: Progress) -> str:
+    _check_target(options.out, [options.source, *(lora.path for lora in options.loras)], options.overwrite)
+    checkpoint = open_checkpoint(options.source, "transformer", options.variant)
+    loras = [(open_lora(lora.path), lora.strengths) for lora in options.loras]
+    changed = merge_loras(checkpoint, loras, options.out, PROGRAM, partial(progress, "merging"))
+    return f"{changed} of {len(checkpoint.names)} tensors changed\n{_size(options.out)}"
+
+
+def _config(options: argparse.Namespace) -> TransformerConfig:
+    return PRESETS[options.preset].transformers["base"]  # the same names and shapes in all variants
+
+
+def _open(path: Path) -> Checkpoint:
+    try:
+        return open_checkpoint(path, "transformer")
+    except UnknownVariantError:  # names and shapes are the same in all of them
+        return open_checkpoint(path, "transformer", VARIANTS[0])
+
+
+def _check_target(out: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if out.resolve() in [source.resolve() for source in sources]:
+        raise ValueError(f"{out} is the source itself; give another name")
+    if not overwrite:
+        raise ValueError(f"{out} exists; give another name, or --overwrite to replace it")
+
+
+def _size(path: Path) -> str:
+    return f"{path.resolve()}: {path.stat().st_size / 1e6:,.1f} MB"

@@ -37,7 +37,7 @@ from .model.lora_formats import open_lora
 from .model.weight_files import write_tensors
 from .options import compute_dtype, default_device, models_folder, parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
-from .sampler.pipeline import FilmRequest, generate, with_steps_down, write_film
+from .sampler.pipeline import FilmRequest, generate, with_sound, with_steps_down, write_film
 from .sampler.placement import is_out_of_memory
 from .sampler.plan import GB, Plan, plan_film, require_fit, room_on
 from .sampler.stages import RECIPES
@@ -123,6 +123,7 @@ def _generate(options: argparse.Namespace) -> None:
         film = generate(parts, request, bars.progress, bars.notice)
         if options.save_latents:
             write_tensors(options.save_latents, film.latents._asdict())
+        film = with_sound(parts, film, bars.progress, bars.notice)
 
         def write() -> None:
             metadata = _metadata(options, request, parts)

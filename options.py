@@ -224,7 +224,11 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint, a file or a folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="the file to write (.safetensors or .gguf)")
     parser.add_argument(
-        "--to", required=True, choices=tuple(FORMATS), help="the format of the matrices in its layers"
+        "--to",
+        required=True,
+        choices=tuple(FORMATS),
+        help="the format of the matrices in its layers; fp8 has a scale for each row, fp8_tensor one for "
+        "a matrix, as ComfyUI's own layers want it",
     )
     parser.add_argument(
         "--variant", choices=VARIANTS, help="of a transformer whose file and name do not tell it"

@@ -27,6 +27,7 @@ from .config import (
 )
 from .key_maps import KEY_MAPS, added, recognise
 from .operations import Embedding, ModalityLinear
+from .padding import pad_feed_forward
 from .prompt import Tokenizer
 from .quant import QuantizedWeight, Stored, WeightPatch, block_bytes, find_quantized, read_quantized
 from .rope import rope_bands
@@ -288,6 +289,9 @@ def load(
         else:
             bands = rope_bands(checkpoint.config.head_dim)  # the one optional tensor
             _place(module, own, bands.to(home), (), dtype, fast_float8)
+    if checkpoint.part == "transformer" and torch.device(device).type == "cuda" and dtype.itemsize == 2:
+        for layer in module.block.layers:
+            pad_feed_forward(layer)
     progress(len(expected), len(expected))
     return module.requires_grad_(False).eval()
 

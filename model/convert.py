@@ -27,15 +27,17 @@ from .checkpoint import (
 )
 from .gguf_blocks import BLOCKS
 from .packing import Latents, PackedLayout
-from .quant import QuantizedWeight, quantize
+from .quant import QuantizedWeight, float8_scale, quantize
 from .stream_writer import DTYPE_NAMES, DTYPES, Entry, GgufStreamWriter, SafetensorsWriter
 
+FP8 = "float8_e4m3fn"
+ONE_SCALE = "fp8_tensor"  # for a whole matrix, which ComfyUI's own layers want; else one for each row
 # what the user asks for -> the format of the layers' matrices
-FORMATS = {"bf16": "BF16", "fp8": "float8_e4m3fn", "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0"}
+FORMATS = {"bf16": "BF16", "fp8": FP8, "fp8_tensor": FP8, "q8_0": "Q8_0", "q5_0": "Q5_0", "q4_0": "Q4_0"}
 FAMILY = "happyhorse"
 SLICE_VALUES = 1 << 22  # values worked on at a time: 16 MB in float32
 SLICE_ROWS = 256  # a multiple of this many rows is a whole number of blocks, however long the rows
-COMFY_QUANT = json.dumps({"format": "float8_e4m3fn"}).encode()
+COMFY_QUANT = json.dumps({"format": FP8}).encode()
 UNKNOWN_HASH = "#" * 64
 
 
@@ -80,14 +82,20 @@ def convert(
     kinds = {own: _kind(source, own, to) for own in expected if own in source.names}
     writer = GgufStreamWriter if suffix_of(to) == ".gguf" else SafetensorsWriter
     errors, digest = {}, hashlib.sha256()
-    with writer(target, _entries(source, kinds), _metadata(source, to, program)) as file:
+    with writer(target, _entries(source, kinds, to), _metadata(source, to, program)) as file:
         for done, (own, kind) in enumerate(kinds.items()):
             progress(done, len(kinds))
-            shape, errors[own] = source.shape(own), WeightError()
-            digest.update(f"{own} {tuple(shape)}\n".encode())
+            weight, errors[own] = source.read(own), WeightError()
+            digest.update(f"{own} {tuple(weight.shape)}\n".encode())
             # made now: small tensors that come with the slices and stay would break up the free memory
-            scales = torch.empty(shape[0], 1) if kind == "float8_e4m3fn" else None
-            file.write(own, _stored(source, own, kind, errors[own], scales, digest.update))
+            scales = torch.empty(_scale_shape(weight.shape, to)) if kind == FP8 else None
+            if scales is not None and not scales.ndim:
+                scales.copy_(
+                    float8_scale(torch.stack([_values(p).abs().max() for p in _slices(weight)]).max())
+                )
+            file.write(own, _stored(source, own, weight, kind, errors[own], scales, digest.update))
+            if isinstance(weight, QuantizedWeight) and weight.scale is not None:
+                digest.update(_bytes(weight.scale))
             if scales is not None:
                 file.write(_beside(own, "weight_scale"), scales)
                 file.write(
@@ -124,14 +132,18 @@ def _kept_dtype(source: Checkpoint, own: str) -> str:
     return known if known in ("BF16", "F16") else "F32"
 
 
-def _entries(source: Checkpoint, kinds: Mapping[str, str]) -> list[Entry]:
+def _scale_shape(shape: torch.Size, to: str) -> tuple[int, ...]:
+    return () if to == ONE_SCALE else (shape[0], 1)
+
+
+def _entries(source: Checkpoint, kinds: Mapping[str, str], to: str) -> list[Entry]:
     entries = []
     for own, kind in kinds.items():
         shape = source.shape(own)
-        if kind == "float8_e4m3fn":
+        if kind == FP8:
             entries += [
                 (own, "F8_E4M3", shape),
-                (_beside(own, "weight_scale"), "F32", (shape[0], 1)),
+                (_beside(own, "weight_scale"), "F32", _scale_shape(shape, to)),
                 (_beside(own, "comfy_quant"), "U8", (len(COMFY_QUANT),)),
             ]
         else:
@@ -172,6 +184,7 @@ def _tokenizer_json(source: Checkpoint) -> str:
 def _stored(
     source: Checkpoint,
     own: str,
+    weight: Tensor | QuantizedWeight,
     kind: str,
     error: WeightError,
     scales: Tensor | None,
@@ -181,13 +194,13 @@ def _stored(
     of each.
     """
     rows = 0
-    for piece in _slices(source.read(own)):
-        for part in (piece.data, piece.scale) if isinstance(piece, QuantizedWeight) else (piece,):
-            if part is not None:
-                digest(part.contiguous().reshape(-1).view(torch.uint8).numpy())
+    for piece in _slices(weight):
+        digest(_bytes(piece.data))
         values = _values(piece)
         check_finite(values, own, source)
-        new = piece if isinstance(piece, QuantizedWeight) and piece.format == kind else _encode(values, kind)
+        one_scale = scales if scales is not None and not scales.ndim else None
+        same = isinstance(piece, QuantizedWeight) and piece.format == kind and one_scale is None
+        new = piece if same else _encode(values, kind, one_scale)
         error.change += float(torch.linalg.vector_norm(_values(new) - values, dtype=torch.float64)) ** 2
         error.values += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
         if not math.isfinite(error.change):
@@ -200,9 +213,13 @@ def _stored(
             yield new
             continue
         yield new.data
-        if scales is not None:
+        if scales is not None and scales.ndim:
             scales[rows : rows + len(new.data)] = 1.0 if new.scale is None else new.scale
             rows += len(new.data)
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _slices(weight: Tensor | QuantizedWeight) -> Iterator[Tensor | QuantizedWeight]:
@@ -230,11 +247,11 @@ def _values(weight: Tensor | QuantizedWeight) -> Tensor:
     return weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight.float()
 
 
-def _encode(values: Tensor, kind: str) -> Tensor | QuantizedWeight:
+def _encode(values: Tensor, kind: str, scale: Tensor | None) -> Tensor | QuantizedWeight:
     if kind in DTYPES:
         return values.to(DTYPES[kind])
     with np.errstate(over="ignore"):  # which shows in the error that is worked out
-        return quantize(values, kind)
+        return quantize(values, kind, scale)
 
 
 def velocity_error(

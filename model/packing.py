@@ -6,7 +6,6 @@ L text tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -86,7 +85,7 @@ class PackedLayout:
         """S, the length of the sequence."""
         return self.video_tokens + self.audio_tokens + self.text_tokens
 
-    @cached_property
+    @property
     def spans(self) -> Spans:
         """(start, stop) of the video, audio and text tokens."""
         audio = self.video_tokens + self.audio_tokens

@@ -217,22 +217,28 @@ def _row_scale(file: WeightFile, scale_name: str, rows: int) -> Tensor:
     return scale.reshape(count, 1).repeat_interleave(rows // count, dim=0)
 
 
-def quantize(weight: Tensor, format: str) -> QuantizedWeight:
-    """Quantise a float weight [rows, columns]: float8_e4m3fn with a scale for each row, or a block format of
-    GGUF. Raises ValueError for a format that is not in WRITTEN.
+def quantize(weight: Tensor, format: str, scale: Tensor | None = None) -> QuantizedWeight:
+    """Quantise a float weight [rows, columns]: float8_e4m3fn with a scale for each row, or with the `scale`
+    given, or a block format of GGUF. Raises ValueError for a format that is not in WRITTEN.
     """
     if format not in WRITTEN:
         raise ValueError(f"a weight can be quantised to {', '.join(WRITTEN)}, got {format!r}")
     if format in BLOCKS:
         return _quantize_blocks(weight, format)
-    kind = FLOAT8[format]
-    data = torch.empty(weight.shape, dtype=kind, device=weight.device)
-    scale = torch.empty(len(weight), 1, device=weight.device)
-    for rows, out, scales in zip(*(t.split(SLICE_ROWS) for t in (weight, data, scale)), strict=True):
-        largest = rows.float().abs().amax(dim=1, keepdim=True)
-        scales.copy_(torch.where(largest > 0, largest / torch.finfo(kind).max, 1.0))
-        out.copy_(rows.float() / scales)
-    return QuantizedWeight(data, scale, format, weight.shape)
+    data = torch.empty(weight.shape, dtype=FLOAT8[format], device=weight.device)
+    scales = (
+        torch.empty(len(weight), 1, device=weight.device) if scale is None else scale.expand(len(weight), 1)
+    )
+    for rows, out, row_scale in zip(*(t.split(SLICE_ROWS) for t in (weight, data, scales)), strict=True):
+        if scale is None:
+            row_scale.copy_(float8_scale(rows.float().abs().amax(dim=1, keepdim=True)))
+        out.copy_(rows.float() / row_scale)
+    return QuantizedWeight(data, scales if scale is None else scale, format, weight.shape)
+
+
+def float8_scale(largest: Tensor) -> Tensor:
+    """The scale under which values of up to `largest` fill the range of float8_e4m3fn."""
+    return torch.where(largest > 0, largest / torch.finfo(torch.float8_e4m3fn).max, 1.0)
 
 
 def _quantize_blocks(weight: Tensor, format: str) -> QuantizedWeight:

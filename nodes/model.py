@@ -5,7 +5,6 @@ is normalised. The host hands the network both streams in float32; its linears c
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from comfy.nested_tensor import NestedTensor
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ..kernels.attention import FrameWindow, attention, attention_by
+from ..kernels.attention import Attention, FrameWindow, attention, attention_by
 from ..kernels.scaled_matmul import has_scaled_matmul
 from ..model.checkpoint import BLOCK_LINEAR, Checkpoint, check_finite, check_names, open_checkpoint
 from ..model.config import TransformerConfig
@@ -95,7 +94,7 @@ class HostTransformer(JointTransformer):
     ) -> list[Tensor]:
         latents = to_core(x)
         layout = PackedLayout.of(latents, context, self.config.coords_style)
-        attend = partial(_attend, options=transformer_options)
+        attend = _attention_on(x[0].device, transformer_options)
         run_layer = _LayerRunner(list(self.block.layers), x[0].device, transformer_options)
         velocity = super().forward(latents, context, layout, attend, run_layer)
         run_layer.close()
@@ -113,18 +112,31 @@ def to_host(latents: Latents) -> list[Tensor]:
     return [latents.video, latents.audio.transpose(1, 2)]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None, options: dict[str, Any]) -> Tensor:
+class _HostAttention:
+    """The host's choice of attention, which torch.compile goes around, as it may be anything.
+
+    The options change with every layer and step: compiled code must not depend on them.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    @torch.compiler.disable
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None) -> Tensor:
+        return attention_by(self._full, q, k, v, window)
+
+    def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return comfy.ldm.modules.attention.optimized_attention(
+            q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True,
+            enable_gqa=q.shape[1] != k.shape[1], low_precision_attention=q.dtype != torch.float32,
+            transformer_options=self.options,
+        )  # fmt: skip
+
+
+def _attention_on(device: torch.device, options: dict[str, Any]) -> Attention:
     # On a CPU the host's own way splits the softmax, which is slower; ours is used if no other is asked for
-    if q.device.type == "cpu" and "optimized_attention_override" not in options:
-        return attention(q, k, v, window)
-    return attention_by(partial(_host_attention, options=options), q, k, v, window)
-
-
-def _host_attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-    return comfy.ldm.modules.attention.optimized_attention(
-        q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, enable_gqa=q.shape[1] != k.shape[1],
-        low_precision_attention=q.dtype != torch.float32, transformer_options=options,
-    )  # fmt: skip
+    own = device.type == "cpu" and "optimized_attention_override" not in options
+    return attention if own else _HostAttention(options)
 
 
 class _LayerRunner:

@@ -1,7 +1,7 @@
 """The whole path: prompt, image and sound in, a film with sound out."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,7 +55,7 @@ class FilmRequest:
 
 @dataclass(frozen=True)
 class FilmLatents:
-    """A film before it is decoded; `sound` [2, N] at 44100 Hz is given sound that the film carries."""
+    """A film before its picture is decoded; `sound` [2, N] at 44100 Hz is given or already decoded."""
 
     latents: Latents
     shape: FilmShape
@@ -91,6 +91,12 @@ def generate(parts: Parts, request: FilmRequest, progress: Progress, notice: Not
         base, frame = latents, frames.get(final)
         latents = run("super_resolution", lambda: _enlarge(parts, request, base, text, frame, progress))
     return FilmLatents(latents, final, sound)
+
+
+def with_sound(parts: Parts, film: FilmLatents, progress: Progress, notice: Notice) -> FilmLatents:
+    """The film with its sound decoded, unless it carries a given one."""
+    sound = with_steps_down(parts, "audio_vae", lambda: _sound_of(parts, film, progress), notice)
+    return replace(film, sound=sound)
 
 
 def with_steps_down(parts: Parts, role: str, stage: Callable[[], T], notice: Notice) -> T:

@@ -21,6 +21,7 @@ from happyhorse.model import convert as convert_module
 from happyhorse.model.checkpoint import BLOCK_LINEAR, Checkpoint, load, load_tokenizer, open_checkpoint
 from happyhorse.model.config import PONY, VARIANTS, TransformerConfig
 from happyhorse.model.convert import FORMATS, convert, suffix_of, velocity_error
+from happyhorse.model.gguf_blocks import BLOCKS
 from happyhorse.model.quant import QuantizedWeight
 from happyhorse.model.stream_writer import StreamWriter
 from happyhorse.model.transformer import JointTransformer
@@ -90,8 +91,9 @@ def reference(weight: Tensor, to: str) -> Tensor:
     """What the format's own quantiser makes of a matrix."""
     if to == "bf16":
         return weight.to(torch.bfloat16).float()
-    if to == "fp8":
-        scale = weight.double().abs().amax(dim=1, keepdim=True) / 448
+    if to in ("fp8", "fp8_tensor"):
+        largest = weight.double().abs()
+        scale = (largest.amax(dim=1, keepdim=True) if to == "fp8" else largest.amax()) / 448
         return ((weight / scale).float().to(torch.float8_e4m3fn).double() * scale).float()
     kind = gguf.GGMLQuantizationType[FORMATS[to]]
     blocks = gguf.quants.quantize(weight.reshape(-1, 32).numpy(), kind)
@@ -243,6 +245,34 @@ def test_slices_change_nothing(
     copy.unlink()
 
 
+@pytest.mark.parametrize("kind", list(BLOCKS))
+@pytest.mark.parametrize("columns", [424, 512])
+def test_blocks_of_a_source_are_cut_where_they_end(
+    monkeypatch: pytest.MonkeyPatch, kind: str, columns: int
+) -> None:
+    monkeypatch.setattr(convert_module, "SLICE_VALUES", 1)
+    block = BLOCKS[kind]
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randint(0, 256, (512 * columns // block.values * block.num_bytes,), generator=generator)
+    data = data.to(torch.uint8) if columns % block.values else data.to(torch.uint8).reshape(512, -1)
+    weight = QuantizedWeight(data, None, kind, torch.Size((512, columns)))
+    pieces = [piece.dequantize(torch.float32) for piece in convert_module._slices(weight)]
+    assert [piece.shape[0] for piece in pieces] == [256, 256]
+    assert torch.equal(torch.cat(pieces).nan_to_num(), weight.dequantize(torch.float32).nan_to_num())
+
+
+def test_the_hash_does_not_depend_on_how_the_source_is_cut(
+    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("int8", "one scale", "float32"):
+        source, told = write_source(kind, small, tmp_path), set()
+        for size in (1, 1 << 22):
+            monkeypatch.setattr(convert_module, "SLICE_VALUES", size)
+            target, _ = run(source, tmp_path, "bf16")
+            told.add(open_checkpoint(target, variant="base").file.metadata["source_sha256"])
+        assert len(told) == 1, kind
+
+
 def test_a_matrix_that_fills_no_blocks_stays_as_it_is(pony_folder: Path) -> None:
     source = open_checkpoint(pony_folder / "distill")
     odd = dataclasses.replace(source.file.tensors["block.layers.1.mlp.down_proj.weight"], shape=(5, 7))
@@ -330,7 +360,7 @@ def test_a_text_encoder_becomes_one_file_with_its_tokenizer_and_without_the_deco
     assert load_tokenizer(opened).encode(prompt) == load_tokenizer(source).encode(prompt)
     tokens = torch.tensor([load_tokenizer(opened).encode(prompt)[0]])
     states = [load(part, torch.float32)(tokens) for part in (opened, source)]
-    limit = {"bf16": 0, "fp8": 0.08, "q8_0": 0.02, "q5_0": 0.13, "q4_0": 0.26}[to]
+    limit = {"bf16": 0, "fp8": 0.08, "fp8_tensor": 0.08, "q8_0": 0.02, "q5_0": 0.13, "q4_0": 0.26}[to]
     assert relative(*states) <= limit
     again, _ = run(opened, tmp_path, to)  # the tokenizer comes from the header now
     assert load_tokenizer(open_checkpoint(again)).encode(prompt) == load_tokenizer(source).encode(prompt)

@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import comfy.model_management
+import comfy.ops
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from happyhorse.model.checkpoint import BLOCK_LINEAR, load, open_checkpoint
 from happyhorse.model.config import PONY
+from happyhorse.model.convert import convert
 from happyhorse.model.packing import Latents, PackedLayout
 from happyhorse.model.quant import quantize
 from happyhorse.nodes.model import load_model
@@ -101,3 +103,16 @@ def test_clones_with_other_patches_are_not_taken_for_the_same(quantized_pony: Pa
     changed.add_patches({KEY: ("diff", (torch.zeros(1),))})
     assert not patcher.clone_has_same_weights(changed)
     assert changed.clone_has_same_weights(changed.clone())
+
+
+def test_fp8_of_one_scale_loads_into_the_hosts_own_layers(pony_folder: Path, tmp_path: Path) -> None:
+    path, name = tmp_path / "distill.safetensors", "block.layers.2.attention.linear_qkv"
+    convert(open_checkpoint(pony_folder / "distill"), path, "fp8_tensor", "test")
+    stored, checkpoint = load_file(path), open_checkpoint(path)
+    rows, columns = checkpoint.shape(f"{name}.weight")
+    layer = comfy.ops.mixed_precision_ops({}, torch.float32).Linear(columns, rows, bias=False)
+    parts = ("weight", "weight_scale", "comfy_quant")
+    layer.load_state_dict({part: stored[f"{name}.{part}"] for part in parts})
+    assert layer.quant_format == "float8_e4m3fn"
+    plain = checkpoint.read(f"{name}.weight").dequantize(torch.float32)
+    torch.testing.assert_close(layer.weight.dequantize(), plain, rtol=1e-6, atol=0)

@@ -183,7 +183,7 @@ def generate(pony_folder: Path, tmp_path: Path) -> Generate:
     def run(name: str, *options: str) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]]:
         film, kept = tmp_path / f"{name}.mp4", tmp_path / f"{name}.safetensors"
         fixed = ["--preset", "pony", "--models", str(pony_folder), "--device", "cpu", "--seconds", "0.2"]
-        outputs = ["--prompt", "a", "--out", str(film), "--save-latents", str(kept)]
+        outputs = ["--prompt", "a red circle", "--out", str(film), "--save-latents", str(kept)]
         code = cli.main(["generate", *fixed, *outputs, *options])
         settings = json.loads(read_film_metadata(film)["comment"]) if film.exists() else {}
         return code, load_file(kept) if kept.exists() else {}, settings

@@ -1,0 +1,138 @@
+"""The node that says beforehand what memory a film will take; the host's memory manager does the placing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management as management
+from comfy_api.latest import io, ui
+
+from ..model.geometry import SIZE_STEP, FilmShape
+from ..sampler.plan import GB
+from .inputs import check_video_vae
+from .latent import seconds_input
+from .latents import CONFIG, shape_of
+from .loader import CATEGORY
+from .sampler import recipe_of
+from .super_resolution import target_shape
+
+SIZES = ("540p", "1080p")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one stage asks of the host, in bytes: weights, and working memory beside them."""
+
+    name: str
+    weights: int
+    working: int
+    largest: int  # of the pieces in which weights can come: a layer, or all of them
+
+    def row(self, free: int) -> tuple[str, ...]:
+        """The stage as a line of the table, where so much may be used."""
+        there = max(0, min(self.weights, free - self.working))
+        if self.working + self.largest > free:
+            how = "does not fit"
+        elif there == self.weights:
+            how = "all on the device"
+        else:
+            how = f"{_gb(there)} on the device, the rest comes from RAM"
+        peak = min(self.weights + self.working, max(free, self.working + self.largest))
+        return self.name, _gb(self.weights), _gb(self.working), _gb(peak), how
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / GB:.2f}"
+
+
+def model_load(name: str, model: Any, shape: FilmShape) -> Load:
+    """What a pass of a transformer over a film asks for."""
+    channels = CONFIG.latent_channels * shape.latent_frames * shape.latent_rows * shape.latent_columns
+    packed = channels + CONFIG.audio_in_channels * shape.audio_latents
+    working = int(model.model.memory_required([1, 1, packed]))
+    layers = model.model.diffusion_model.block.layers
+    largest = max(sum(weight.nbytes for weight in layer.parameters()) for layer in layers)
+    return Load(name, model.model_size(), working, largest)
+
+
+def decoder_load(vae: Any, shape: FilmShape) -> Load:
+    """What decoding the picture of a film asks for; its weights come all at once."""
+    latents = (1, CONFIG.latent_channels, shape.latent_frames, shape.latent_rows, shape.latent_columns)
+    weights = vae.patcher.model_size()
+    return Load("picture", weights, int(vae.memory_used_decode(latents, vae.vae_dtype)), weights)
+
+
+def usable_memory(device: Any) -> tuple[int, int]:
+    """Bytes of the device that a film may use, and those of them where other models are loaded now.
+
+    The host makes room by moving models out.
+    """
+    loaded = sum(m.model_loaded_memory() for m in management.current_loaded_models if m.device == device)
+    return int(management.get_free_memory(device)) + loaded, loaded
+
+
+def table(loads: list[Load], device: Any) -> Iterator[str]:
+    """The plan as lines."""
+    free, loaded = usable_memory(device)
+    yield f"{device}: {_gb(free)} GB to use ({_gb(loaded)} GB of them hold models now), "
+    yield "GB by stage, computed; ComfyUI moves the weights:"
+    rows = [("stage", "weights", "working", "peak", "how"), *(load.row(free) for load in loads)]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for name, *numbers, how in rows:
+        columns = "  ".join(f"{n:>{w}}" for n, w in zip(numbers, widths[1:], strict=True))
+        yield f"{name:<{widths[0]}}  {columns}  {how}"
+
+
+class HappyHorseMemoryPlan(io.ComfyNode):
+    """What memory a film will take, before it is made."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def pixels(name: str, default: int) -> io.Input:
+            return io.Int.Input(name, default=default, min=SIZE_STEP, max=2048, step=SIZE_STEP,
+                                tooltip="Pixels, a multiple of 32; not looked at with a latent.")  # fmt: skip
+
+        return io.Schema(
+            node_id="HappyHorseMemoryPlan",
+            display_name="HappyHorse Memory Plan",
+            category=CATEGORY,
+            description="Says what memory the stages of a film will take on this machine. It only computes: "
+            "ComfyUI moves the weights as it always does.",
+            search_aliases=["vram", "memory", "offload", "doctor", "will it fit"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base or distilled model."),
+                pixels("width", 448),
+                pixels("height", 256),
+                seconds_input(),
+                io.Combo.Input("size", options=list(SIZES), default="1080p",
+                               tooltip="What the super-resolution model makes, if one is connected."),
+                io.Latent.Input("latent", optional=True,
+                                tooltip="A film, in place of width, height and seconds."),
+                io.Model.Input("super_resolution", optional=True, tooltip="540p_sr or 1080p_sr model."),
+                io.Vae.Input("vae", optional=True, tooltip="The VAE that will make the picture."),
+            ],
+            outputs=[io.String.Output(display_name="plan", tooltip="The plan as a table.")],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: Any, width: int, height: int, seconds: float, size: str,
+        latent: dict[str, Any] | None = None, super_resolution: Any = None, vae: Any = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        recipe_of(model, super_resolution=False)
+        shape = FilmShape.from_seconds(width, height, seconds) if latent is None else shape_of(latent)
+        loads = [model_load("base", model, shape)]
+        if super_resolution is not None:
+            recipe_of(super_resolution, super_resolution=True)
+            shape = target_shape(shape, size, width, height)
+            loads.append(model_load("super-resolution", super_resolution, shape))
+        if vae is not None:
+            check_video_vae(vae)
+            loads.append(decoder_load(vae, shape))
+        lines = [f"{shape.width}x{shape.height}, {shape.seconds:g} s", *table(loads, model.load_device)]
+        text = "\n".join(lines)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
+
+
+NODES = [HappyHorseMemoryPlan]

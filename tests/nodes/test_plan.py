@@ -1,0 +1,97 @@
+"""The node that tells what memory a film will take, on real MODELs; the host's numbers are put in."""
+
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import pytest
+import torch
+
+from happyhorse.model.checkpoint import load, open_checkpoint
+from happyhorse.model.geometry import FilmShape
+from happyhorse.model.prompt import TEXT_LIMIT
+from happyhorse.nodes import plan
+from happyhorse.nodes.latent import HappyHorseEmptyLatent
+from happyhorse.nodes.model import load_model
+from happyhorse.nodes.plan import HappyHorseMemoryPlan, Load, model_load
+from happyhorse.nodes.vae import load_audio_vae, load_video_vae
+from happyhorse.sampler.plan import SMALL_TENSORS, transformer_activations
+
+pytestmark = pytest.mark.host
+FILM = {"width": 128, "height": 96, "seconds": 1.0, "size": "540p"}
+
+
+@pytest.fixture(scope="module")
+def models(pony_folder: Path) -> dict[str, Any]:
+    return {name: load_model(pony_folder / name, None, "float32") for name in ("distill", "540p_sr")}
+
+
+def test_the_text_is_the_output_and_is_shown(models: dict[str, Any]) -> None:
+    result = HappyHorseMemoryPlan.execute(models["distill"], **FILM)
+    assert result.ui.as_dict() == {"text": (result[0],)}
+    title, device, *_, head, base = result[0].splitlines()
+    assert title == "128x96, 1 s" and device.startswith("cpu: ") and "computed" in result[0]
+    assert head.split() == ["stage", "weights", "working", "peak", "how"]
+    assert base.startswith("base") and base.endswith("all on the device")
+
+
+def test_the_numbers_are_those_of_the_host_and_of_the_core(models: dict[str, Any], pony_folder: Path) -> None:
+    shape = FilmShape(128, 96, 26)
+    found, config = model_load("base", models["distill"], shape), models["distill"].model.config
+    state = load(open_checkpoint(pony_folder / "distill"), torch.bfloat16).state_dict()  # as stored
+    assert found.weights == sum(tensor.nbytes for tensor in state.values())
+    layers = [sum(t.nbytes for n, t in state.items() if n.startswith(f"block.layers.{i}.")) for i in range(6)]
+    assert found.largest == max(layers)
+    tokens = shape.video_tokens + shape.audio_latents * 64 // 192 + TEXT_LIMIT
+    core = SMALL_TENSORS * transformer_activations(config, tokens, 4, torch.device("cpu"))
+    assert found.working == pytest.approx(core, rel=0.01)
+
+
+def test_every_stage_has_a_line_and_a_latent_replaces_the_size(
+    models: dict[str, Any], pony_folder: Path
+) -> None:
+    latent = HappyHorseEmptyLatent.execute("custom", 64, 96, 0.4, 1)[0]
+    turbo = load_video_vae(pony_folder / "turbo_vae")
+    text = HappyHorseMemoryPlan.execute(
+        models["distill"], **FILM, latent=latent, super_resolution=models["540p_sr"], vae=turbo
+    )[0]
+    assert text.startswith("128x192, ")
+    stages = [line.split("  ")[0] for line in text.splitlines()[-3:]]
+    assert stages == ["base", "super-resolution", "picture"]
+
+
+@pytest.mark.parametrize(
+    ("free", "peak", "how"),
+    [
+        (40, "33.00", "all on the device"),
+        (33, "33.00", "all on the device"),
+        (20, "20.00", "17.00 on the device, the rest comes from RAM"),
+        (5, "5.00", "2.00 on the device, the rest comes from RAM"),
+        (4, "5.00", "does not fit"),
+    ],
+)
+def test_what_does_not_fit_comes_from_ram_layer_by_layer(free: int, peak: str, how: str) -> None:
+    gigabyte = 10**9
+    load = Load("base", 30 * gigabyte, 3 * gigabyte, 2 * gigabyte)
+    assert load.row(free * gigabyte) == ("base", "30.00", "3.00", peak, how)
+
+
+def test_memory_of_loaded_models_counts_as_usable(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    management = comfy.model_management
+    monkeypatch.setattr(plan.management, "get_free_memory", lambda device: 10**9)  # noqa: ARG005
+    management.load_models_gpu([models["distill"]])
+    weights = models["distill"].model_size()
+    free, loaded = plan.usable_memory(torch.device("cpu"))
+    assert loaded >= weights and free == 10**9 + loaded
+
+
+def test_models_and_vaes_of_other_stages_are_refused(models: dict[str, Any], pony_folder: Path) -> None:
+    with pytest.raises(ValueError, match="540p_sr"):
+        HappyHorseMemoryPlan.execute(models["540p_sr"], **FILM)
+    with pytest.raises(ValueError, match="distill"):
+        HappyHorseMemoryPlan.execute(models["distill"], **FILM, super_resolution=models["distill"])
+    with pytest.raises(ValueError, match="vae"):
+        sound = load_audio_vae(pony_folder / "audio_vae")
+        HappyHorseMemoryPlan.execute(models["distill"], **FILM, vae=sound)

@@ -1,0 +1,125 @@
+"""`happyhorse doctor`: plans with and without files, for memory that is given, and into a pipe that closes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from happyhorse import cli
+from happyhorse.doctor import PublishedPart
+from happyhorse.model.checkpoint import open_checkpoint
+from happyhorse.model.config import MAGIHUMAN, PONY
+
+Lines = list[str]
+
+
+def doctor(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> Lines:
+    assert cli.main(["doctor", "--models", str(folder), *options]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def stages(lines: Lines) -> dict[str, tuple[str, float, float, str]]:
+    """Of each stage the placement, both memories and whether it fits."""
+    head = next(i for i, line in enumerate(lines) if line.startswith("stage"))
+    rows = (re.split(r"  +", line) for line in lines[head + 1 : -1])
+    return {
+        name: (place, *(float(n) if n != "-" else 0 for n in both), fits) for name, place, *both, fits in rows
+    }
+
+
+def test_a_film_is_planned_without_any_files_for_the_memory_that_is_given(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lines = doctor(capsys, tmp_path, "--size", "1080p", "--seconds", "5", "--vram", "12", "--ram", "32")
+    assert "device cuda: 11.3 GB to use; RAM: 30.1 GB" in lines[2]
+    assert any(line.startswith("1920x1088 from 448x256, 5 s") and "computed" in line for line in lines)
+    plan = stages(lines)
+    assert list(plan) == ["text encoder", "image", "base", "super-resolution", "picture", "sound"]
+    assert all(vram <= 11.28 and ram <= 30.08 and fits == "yes" for _, vram, ram, fits in plan.values())
+    assert "layers on the device" in plan["base"][0] and plan["base"][2] > 10
+    assert "pieces of" in plan["super-resolution"][0] and "tiles" in plan["picture"][0]
+    assert lines[-1] == "fits: --offload auto does this"
+
+
+def test_more_memory_needs_no_pieces_and_less_does_not_fit(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ("--size", "1080p", "--ram", "64")
+    plenty = stages(doctor(capsys, tmp_path, *options, "--vram", "48"))
+    assert {place for place, *_ in plenty.values()} == {"on the device"}
+    assert plenty["super-resolution"][1] > plenty["base"][1] > 30
+    lines = doctor(capsys, tmp_path, *options, "--vram", "6")
+    assert stages(lines)["super-resolution"][3] == "NO"
+    assert lines[-1] == "does not fit; what would: --size 540p or --size 256p"
+    lines = doctor(capsys, tmp_path, "--size", "256p", "--ram", "8", "--vram", "12")
+    assert lines[-1] == "does not fit; what would: --weights q4_0"
+
+
+@pytest.mark.parametrize("weights", ["fp8", "q8_0", "q5_0", "q4_0"])
+def test_weights_in_fewer_bits_take_less(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, weights: str
+) -> None:
+    bits = {"fp8": 8, "q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5}[weights]
+    options = ("--size", "256p", "--vram", "99", "--ram", "99", "--offload", "stage")
+    base, few = (
+        stages(doctor(capsys, tmp_path, *options, *w))["base"][1] for w in ([], ["--weights", weights])
+    )
+    linears, worked_out = 30.57 - 0.11, 0.84  # in bfloat16; the largest of them worked out
+    assert base - few == pytest.approx(linears * (1 - bits / 16) - worked_out, abs=0.15)
+
+
+@pytest.mark.parametrize(("name", "file"), [("distill", "distill"), ("text_encoder", "text_encoder")])
+def test_the_published_sizes_are_those_of_a_file(pony_folder: Path, name: str, file: str) -> None:
+    checkpoint, published = open_checkpoint(pony_folder / file), PublishedPart.of(name, PONY, "bf16")
+    for own in checkpoint.names:
+        assert published.kept_bytes(own, torch.bfloat16) == checkpoint.kept_bytes(own, torch.bfloat16)
+    assert set(published.names) == set(checkpoint.names)
+
+
+def test_the_full_size_transformer_takes_what_is_published() -> None:
+    part = PublishedPart.of("distill", MAGIHUMAN, "bf16")
+    assert sum(part.kept_bytes(own, torch.bfloat16) for own in part.names) / 1e9 == pytest.approx(
+        30.6, abs=0.1
+    )
+
+
+def test_files_are_planned_with_where_there_are_any(
+    capsys: pytest.CaptureFixture[str], pony_folder: Path
+) -> None:
+    options = ("--preset", "pony", "--size", "256x128", "--device", "cpu")
+    lines = doctor(capsys, pony_folder, *options)
+    assert not any("published sizes" in line for line in lines)
+    assert all(vram == 0 and 0 < ram < 1 for _, vram, ram, _ in stages(lines).values())
+    assert any("published sizes, transformers" in line
+               for line in doctor(capsys, pony_folder, *options, "--weights", "fp8"))  # fmt: skip
+
+
+def test_all_sizes_are_listed_without_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    lines = doctor(capsys, tmp_path, "--vram", "24")
+    sizes = [line.split()[0] for line in lines if re.match(r"\d+x\d+ ", line)]
+    assert sizes == 3 * [f"{width}x{height}" for width, height in MAGIHUMAN.sizes.values()]
+
+
+def test_a_pipe_that_closes_is_no_error(pony_folder: Path) -> None:
+    command = [sys.executable, "-m", "happyhorse", "doctor", "--preset", "pony", "--models", str(pony_folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--size", "720p", "must look like 448x256"), ("--vram", "0", "a number of GB above 0, got '0'"),
+     ("--ram", "much", "a number of GB above 0, got 'much'")],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, words: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["doctor", option, value])
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and words in error and error.count("\n") == 1

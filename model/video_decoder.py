@@ -279,7 +279,7 @@ class Conv(nn.Module):
         batch, _, frames, rows, columns = x.shape
         shape = (batch, self.conv.out_channels, frames, rows, columns)
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-        size = piece_frames(x[:, :, 0].numel())
+        size = piece_frames(x[:, :, 0].numel(), frames)
         for start in range(0, frames, size):
             first, last = start - self.repeats, min(start + size, frames) + self.repeats
             seen = prepare(x[:, :, max(first, 0) : last])
@@ -289,9 +289,10 @@ class Conv(nn.Module):
         return out
 
 
-def piece_frames(values: int) -> int:
-    """How many frames of so many values each go through a convolution at once; small pictures all."""
-    return max(PIECE_FRAMES, PIECE_VALUES // values)
+def piece_frames(values: int, frames: int) -> int:
+    """How many of `frames` of so many values each go through a convolution at once; small pictures all."""
+    count = math.ceil(frames / max(PIECE_FRAMES, PIECE_VALUES // values))
+    return math.ceil(frames / count)  # even pieces: for thin ones PyTorch takes a way on CPUs that needs more
 
 
 def repeat_ends(x: Tensor, before: int, after: int) -> Tensor:

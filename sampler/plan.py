@@ -433,7 +433,7 @@ def _turbo_decoder(config: VideoDecoderConfig, shape: FilmShape, size: int, tile
         area = _largest_tile(config, shape, tiles)
         chunk += 4 * 3 * pixels * 4 * max(step, first)  # what the tiles are put together in
     frame = area // config.patch_size**2 * max(config.decoder_block_out_channels[:full])
-    piece = min(piece_frames(frame) + 2, frames)
+    piece = min(piece_frames(frame, frames) + 2, frames)
     return 3 * frames * frame * size + piece * frame * 10 + chunk + _latents(shape)
 
 

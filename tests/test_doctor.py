@@ -1,4 +1,4 @@
-"""`happyhorse doctor`: plans with and without files, for memory that is given, and into a pipe that closes."""
+"""`happyhorse doctor`: plans with and without files, for given memory, and into a pipe that closes."""
 
 import re
 import subprocess
@@ -55,7 +55,7 @@ def test_more_memory_needs_no_pieces_and_less_does_not_fit(
     assert stages(lines)["super-resolution"][3] == "NO"
     assert lines[-1] == "does not fit; what would: --size 540p or --size 256p"
     lines = doctor(capsys, tmp_path, "--size", "256p", "--ram", "8", "--vram", "12")
-    assert lines[-1] == "does not fit; what would: --weights q4_0"
+    assert lines[-1] == "does not fit; what would: --weights q5_0"
 
 
 @pytest.mark.parametrize("weights", ["fp8", "q8_0", "q5_0", "q4_0"])

@@ -39,7 +39,7 @@ def test_the_numbers_are_those_of_the_host_and_of_the_core(models: dict[str, Any
     shape = FilmShape(128, 96, 26)
     found, config = model_load("base", models["distill"], shape), models["distill"].model.config
     state = load(open_checkpoint(pony_folder / "distill"), torch.bfloat16).state_dict()  # as stored
-    assert found.weights == sum(tensor.nbytes for tensor in state.values())
+    assert found.weights == pytest.approx(sum(tensor.nbytes for tensor in state.values()), rel=0.001)
     layers = [sum(t.nbytes for n, t in state.items() if n.startswith(f"block.layers.{i}.")) for i in range(6)]
     assert found.largest == max(layers)
     tokens = shape.video_tokens + shape.audio_latents * 64 // 192 + TEXT_LIMIT

@@ -146,7 +146,7 @@ def compare(folder: Path) -> int:
 
 
 TIERS = {8: 32, 12: 32, 16: 32, 24: 64, 32: 64, 48: 96, 80: 128}  # GB of VRAM -> GB of RAM
-WEIGHTS = ("bf16", "fp8", "q5_0", "q4_0")
+WEIGHTS = ("bf16", "fp8")
 
 
 def tiers() -> Iterator[str]:

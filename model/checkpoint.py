@@ -38,6 +38,7 @@ from .video_vae import VideoVAE
 from .weight_files import WeightFile, open_weights
 
 RENEW_CONFIG = "correct it, or download the file again"
+LAYER = re.compile(r"(?:block\.)?layers\.(\d+)\.")
 BLOCK_LINEAR = re.compile(r"^block\..*\.(linear_qkv|linear_proj|up_gate_proj|down_proj)\.weight$")
 # the weights that stay as they are stored where a file has them quantised; others are few and small
 QUANTIZABLE = {
@@ -262,7 +263,7 @@ def load(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    layers_on_cpu: bool = False,
+    layers_on_cpu: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,  # noqa: ARG005
     network: Callable[..., nn.Module] | None = None,
     patches: Mapping[str, Sequence[WeightPatch]] = MappingProxyType({}),
@@ -270,10 +271,10 @@ def load(
     """Load a module, ready for inference: one tensor at a time is read, cast and moved to `device`.
 
     `dtype` is that of the transformer's block linears (all else of it is float32) or of all weights of
-    another part; large quantised weights stay as they are stored. With `layers_on_cpu` the weights of its
-    layers stay in CPU memory. `progress` is told how many tensors of how many are there; `network` as in
-    `Checkpoint.build`. `patches` by our name are merged into plain weights, and change quantised ones at
-    every use. Raises ValueError for tensors that do not fit or are not finite.
+    another part; large quantised weights stay as they are stored. The weights of the layers from
+    `layers_on_cpu` on stay in CPU memory. `progress` is told how many tensors of how many are there;
+    `network` as in `Checkpoint.build`. `patches` by our name are merged into plain weights, and change
+    quantised ones at every use. Raises ValueError for tensors that do not fit or are not finite.
     """
     module = checkpoint.build(dtype, network)
     expected = module.state_dict()
@@ -281,7 +282,9 @@ def load(
     fast_float8 = has_scaled_matmul(torch.device(device))
     for done, own in enumerate(expected):
         progress(done, len(expected))
-        home = torch.device("cpu") if layers_on_cpu and re.match(r"(block\.)?layers\.", own) else device
+        layer = LAYER.match(own)
+        stays = layer is not None and layers_on_cpu is not None and int(layer[1]) >= layers_on_cpu
+        home = torch.device("cpu") if stays else device
         if own in checkpoint.names:
             changes = tuple(patches.get(own, ()))
             value = _read_for_use(checkpoint, own, dtype, home, changes)

@@ -130,19 +130,44 @@ def _rows(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.flatten(0, 1), weight).unflatten(0, x.shape[:2])
 
 
+def ready(
+    weight: Tensor | QuantizedWeight, dtype: torch.dtype, device: torch.device, copies: int
+) -> Tensor | QuantizedWeight:
+    """What products in `dtype` are made with: values, or stored ones that the hardware multiplies."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    return weight.aligned(copies) if weight.is_fast_for(dtype, device) else weight.dequantize(dtype)
+
+
 def modality_linear(x: Tensor, weight: Tensor | QuantizedWeight, modalities: int, spans: Spans) -> Tensor:
-    """The product of `ModalityLinear`, `weight` being in the dtype of `x` or as it is stored."""
+    """The product of `ModalityLinear` with a weight that is `ready`."""
+    spans = spans if modalities > 1 else ((0, x.shape[1]),)
     if isinstance(weight, QuantizedWeight):
-        if weight.is_fast_for(x):
-            weight = weight.aligned(modalities)
-            spans = spans if modalities > 1 else ((0, x.shape[1]),)
-            parts = [weight.linear(x[:, start:stop], copy) for copy, (start, stop) in enumerate(spans)]
-            return torch.cat(parts, dim=1)
-        weight = weight.dequantize(x.dtype)
-    if modalities == 1:
+        parts = [weight.linear(x[:, start:stop], copy) for copy, (start, stop) in enumerate(spans)]
+    elif modalities == 1:
         return F.linear(x, weight)
-    copies = zip(spans, weight.chunk(modalities), strict=True)
-    return torch.cat([_rows(x[:, start:stop], copy) for (start, stop), copy in copies], dim=1)
+    else:
+        copies = zip(spans, weight.chunk(modalities), strict=True)
+        parts = [_rows(x[:, start:stop], copy) for (start, stop), copy in copies]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+class Held:
+    """Keeps the weight of a `ModalityLinear` ready for the products made inside a `with`.
+
+    A host may fetch the weight where that begins, and let go of it where it ends.
+    """
+
+    def __init__(self, leaf: "ModalityLinear", dtype: torch.dtype, device: torch.device) -> None:
+        self.leaf, self.dtype, self.device = leaf, dtype, device
+
+    def __enter__(self) -> None:
+        leaf = self.leaf
+        weight = leaf.weight_in(self.dtype) if leaf.patches else leaf.quantized or leaf.weight
+        leaf.held_weight = (ready(weight, self.dtype, self.device, leaf.modalities),)
+
+    def __exit__(self, *_: object) -> None:
+        self.leaf.held_weight = ()
 
 
 def modality_rms_norm(x: Tensor, weight: Tensor, modalities: int, spans: Spans, eps: float) -> Tensor:
@@ -161,14 +186,22 @@ class ModalityLinear(QuantizableLeaf):
     With one copy it is a plain linear and `spans` is not looked at.
     """
 
+    held_weight: tuple[Tensor | QuantizedWeight, ...] = ()  # in a tuple, as it is no parameter of its own
+
     def __init__(self, in_features: int, out_features: int, modalities: int) -> None:
         super().__init__()
         self.modalities = modalities
         self.weight = nn.Parameter(torch.empty(modalities * out_features, in_features))
 
+    def held(self, dtype: torch.dtype, device: torch.device) -> Held:
+        """Inside a `with` of this the weight is made ready once, for inputs of `dtype` on a device."""
+        return Held(self, dtype, device)
+
     def forward(self, x: Tensor, spans: Spans) -> Tensor:
-        weight = self.weight_in(x.dtype) if self.patches else self.quantized or self.weight.to(x.dtype)
-        return modality_linear(x, weight, self.modalities, spans)
+        if self.held_weight:
+            return modality_linear(x, *self.held_weight, self.modalities, spans)
+        with self.held(x.dtype, x.device):
+            return modality_linear(x, *self.held_weight, self.modalities, spans)
 
 
 class ModalityRMSNorm(nn.Module):

@@ -85,10 +85,10 @@ class QuantizedWeight:
         padded = pad_linear(self.data, self.scale, next_multiple(rows), next_multiple(columns), copies)
         return replace(self, data=padded[0], scale=padded[1], copies=copies)
 
-    def is_fast_for(self, x: Tensor) -> bool:
-        """Whether the device of `x` [..., columns] multiplies it with the stored values."""
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        return self.format in FLOAT8 and half and has_scaled_matmul(x.device)
+    def is_fast_for(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether a device multiplies the stored values, for activations of `dtype`."""
+        half = dtype in (torch.bfloat16, torch.float16)
+        return self.format in FLOAT8 and half and has_scaled_matmul(device)
 
     def linear(self, x: Tensor, copy: int = 0) -> Tensor:
         """`x` [..., columns] times one copy of the weight, with activations in float8 too -> [..., rows]."""

@@ -11,6 +11,7 @@ Letters: B batch, S packed tokens, D model width, N query heads, K key/value hea
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from types import ModuleType
 
@@ -28,7 +29,7 @@ from .rope import apply_rope, rope_bands, rope_table
 from .run_block import RunBlock, run_in_place
 
 # A feed-forward runs in pieces, as its inner activations are the largest tensors there are: of at least so
-# many tokens, and not in more pieces than that, as a host may fetch its weights anew for each.
+# many tokens, and not in more pieces than that.
 MLP_TOKENS, MLP_PIECES = 1024, 8
 
 
@@ -138,9 +139,9 @@ class TransformerLayer(nn.Module):
             x = x + self.attention(x, rope, layout, attend)
             return x + self.mlp(x, layout)
         x = self.attention.added_in_pieces(x, rope, layout, attend, piece)
-        for start in range(0, x.shape[1], piece):
-            part = x[:, start : start + piece]
-            part += self.mlp.piece(part, _clip(layout.spans, start, start + piece))
+        # of a layer by modality both weights at once would be a good deal of the memory that is short
+        for part, result in self.mlp.pieces(x, layout, piece, hold=self.mlp.up_gate_proj.modalities == 1):
+            part += result
         return x
 
 
@@ -194,15 +195,18 @@ class Attention(nn.Module):
         shapes = [(batch, section // width, tokens, width) for section in self.sections[:3]]
         shapes.append((batch, tokens, self.sections[3]))
         q, k, v, gate = (torch.empty(s, dtype=self.compute_dtype, device=x.device) for s in shapes)
-        for start in range(0, tokens, piece):
-            part = slice(start, min(start + piece, tokens))
-            heads = self.heads(x[:, part], rope[part], _clip(layout.spans, part.start, part.stop))
-            q[:, :, part], k[:, :, part], v[:, :, part], gate[:, part] = heads
+        with self.linear_qkv.held(self.compute_dtype, x.device):
+            for start in range(0, tokens, piece):
+                part = slice(start, min(start + piece, tokens))
+                spans = _clip(layout.spans, part.start, part.stop)
+                heads = self.heads(x[:, part], rope[part], spans)
+                q[:, :, part], k[:, :, part], v[:, :, part], gate[:, part] = heads
         out = torch.empty_like(x)
-        for start, stop, keys, values in _seen(self.window(layout), k, v, piece):
-            heads = self.gated(attend(q[:, :, start:stop], keys, values, None), gate[:, start:stop])
-            part = self.linear_proj(heads, _clip(layout.spans, start, stop))
-            torch.add(x[:, start:stop], part, out=out[:, start:stop])
+        with self.linear_proj.held(self.compute_dtype, x.device):
+            for start, stop, keys, values in _seen(self.window(layout), k, v, piece):
+                heads = self.gated(attend(q[:, :, start:stop], keys, values, None), gate[:, start:stop])
+                part = self.linear_proj(heads, _clip(layout.spans, start, stop))
+                torch.add(x[:, start:stop], part, out=out[:, start:stop])
         return out
 
     def window(self, layout: PackedLayout) -> FrameWindow | None:
@@ -229,17 +233,24 @@ class MLP(nn.Module):
         self.down_proj = operations.ModalityLinear(inner, width, modalities)
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        size = piece_tokens(x.shape[1])
-        pieces = [
-            self.piece(x[:, start : start + size], _clip(layout.spans, start, start + size))
-            for start in range(0, x.shape[1], size)
-        ]
-        return torch.cat(pieces, dim=1)
+        pieces = self.pieces(x, layout, piece_tokens(x.shape[1]), hold=True)
+        return torch.cat([result for _, result in pieces], dim=1)
 
-    def piece(self, x: Tensor, spans: Spans) -> Tensor:
-        """The feed-forward of some of the tokens; every token is on its own here."""
-        up = self.up_gate_proj(self.pre_norm(x, spans).to(self.compute_dtype), spans)
-        return self.down_proj(self.activation(up.float()).to(self.compute_dtype), spans)
+    def pieces(
+        self, x: Tensor, layout: PackedLayout, size: int, hold: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of `size` tokens and the feed-forward of each; every token is on its own here.
+
+        With `hold` the weights are made ready once, not for each piece.
+        """
+        dtype = self.compute_dtype
+        with ExitStack() as held:
+            for linear in (self.up_gate_proj, self.down_proj) if hold else ():
+                held.enter_context(linear.held(dtype, x.device))
+            for start in range(0, x.shape[1], size):
+                part, spans = x[:, start : start + size], _clip(layout.spans, start, start + size)
+                inner = self.up_gate_proj(self.pre_norm(part, spans).to(dtype), spans)
+                yield part, self.down_proj(self.activation(inner.float()).to(dtype), spans)
 
 
 def _seen(

@@ -26,10 +26,13 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
             super().__init__(in_features, modalities * out_features, bias=False)
             self.modalities = modalities
 
-        def forward(self, x: Tensor, spans: Spans) -> Tensor:
-            comfy.ops.run_every_op()
-            with comfy.ops.CastBiasWeightContext(self, x, offloadable=True) as (weight, _):
-                return core.modality_linear(x, to_core(weight) or weight, self.modalities, spans)
+        held_weight = ()
+
+        def held(self, dtype: torch.dtype, device: torch.device) -> "_Held":
+            """As the core's; the host has the weight on the device in the meantime."""
+            return _Held(self, dtype, device)
+
+        forward = core.ModalityLinear.forward
 
     class Embedding(base.Embedding):
         """A host embedding; of a quantised table only the rows asked for are worked out."""
@@ -51,6 +54,23 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
         WeightNormConv1d=core.WeightNormConv1d,
         WeightNormConvTranspose1d=core.WeightNormConvTranspose1d,
     )
+
+
+class _Held(core.Held):
+    """`core.Held` for a leaf of the host."""
+
+    def __enter__(self) -> None:
+        comfy.ops.run_every_op()
+        self.context = comfy.ops.CastBiasWeightContext(
+            self.leaf, dtype=self.dtype, bias_dtype=self.dtype, device=self.device, offloadable=True
+        )
+        weight, _ = self.context.__enter__()
+        weight = to_core(weight) or weight
+        self.leaf.held_weight = (core.ready(weight, self.dtype, self.device, self.leaf.modalities),)
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self.context.__exit__(*error)
 
 
 class ModalityRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):

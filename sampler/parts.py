@@ -126,13 +126,10 @@ class Parts:
             dtype = part_dtype(checkpoint.part, self._dtype, self._vae_dtype)
             told = partial(self.progress, f"loading the {checkpoint.label}")
             patches = self._patches if role == "transformer" else {}
-            module = load(
-                checkpoint, dtype, self.device, layers_on_cpu=streams, progress=told, patches=patches
-            )
+            on_cpu = placement.resident if streams else None
+            module = load(checkpoint, dtype, self.device, on_cpu, progress=told, patches=patches)
             if self.compiled and checkpoint.part == "transformer":
                 compile_layers(_layers(module))
-            for layer in _layers(module)[: placement.resident] if streams else ():
-                layer.to(self.device)
         if placement.keep:
             self._kept[checkpoint.path] = module
         stream = LayerStream(_layers(module), self.device, placement.resident) if streams else None

@@ -88,10 +88,10 @@ class Work:
 class Stage:
     """What one part of a film needs, in bytes.
 
-    `layers` are those of its weights that can be streamed, `rest` is all others. `dequantized` is the largest
-    weight that is worked out from a quantised one, `largest` the largest tensor that passes through RAM when
-    it is loaded, `in_ram` what the stage holds there. `works` begins with the usual way of working, each
-    other needing less.
+    `layers` are those of its weights that can be streamed, `rest` is all others. `dequantized` is the most
+    that is worked out from quantised weights at once, as a rule and in pieces; `largest` the largest tensor
+    that passes through RAM when it is loaded, `in_ram` what the stage holds there. `works` begins with the
+    usual way of working, each other needing less.
     """
 
     role: str
@@ -99,7 +99,7 @@ class Stage:
     rest: int
     layers: tuple[int, ...]
     works: tuple[Work, ...]
-    dequantized: int = 0
+    dequantized: tuple[int, int] = (0, 0)
     largest: int = 0
     in_ram: int = 0
 
@@ -111,7 +111,9 @@ class Stage:
     def activations(self, placement: Placement) -> int:
         """Bytes beside the weights."""
         wanted = (placement.piece, placement.tiles)
-        return self.dequantized + next(w.num_bytes for w in self.works if (w.piece, w.tiles) == wanted)
+        return self.dequantized[bool(placement.piece)] + next(
+            w.num_bytes for w in self.works if (w.piece, w.tiles) == wanted
+        )
 
     def need(self, placement: Placement, device: torch.device) -> Need:
         """The peak of the stage alone."""
@@ -299,12 +301,12 @@ def plan_film(
 
 
 def _stage(role: str, part: SizedPart, shape: FilmShape, dtype: torch.dtype, device: torch.device) -> Stage:
-    rest, layers, largest, dequantized = 0, {}, 0, 0
+    rest, layers, largest, dequantized = 0, {}, 0, []
     for own in part.names:
         size = part.kept_bytes(own, dtype)
         largest = max(largest, size)
         if part.keeps_quantized(own) and own != "embed_tokens.weight":  # of which only rows are used
-            dequantized = max(dequantized, part.shape(own).numel() * dtype.itemsize)
+            dequantized.append((own, part.shape(own).numel() * dtype.itemsize))
         head, _, below = own.removeprefix("block.").partition(".")
         if head == "layers" and part.part in STREAMED_PARTS:
             index = int(below.partition(".")[0])
@@ -314,7 +316,19 @@ def _stage(role: str, part: SizedPart, shape: FilmShape, dtype: torch.dtype, dev
     works = tuple(_works(role, part.config, shape, dtype, device))
     chunk = 2 * 3 * 28 * shape.width * shape.height if role == "video_decoder" else 0
     sizes = tuple(layers[index] for index in sorted(layers))
-    return Stage(role, NAMES[role], rest, sizes, works, dequantized, largest, chunk)
+    return Stage(role, NAMES[role], rest, sizes, works, _at_once(part, dequantized), largest, chunk)
+
+
+def _at_once(part: SizedPart, values: list[tuple[str, int]]) -> tuple[int, int]:
+    """The most of these values of weights that is there at once, as a rule and in pieces."""
+    together, apart = {}, {}
+    for own, num_bytes in values:
+        layer, feed_forward, _ = own.partition(".mlp.")
+        joint = part.part == "transformer" and bool(feed_forward)  # both of its linears
+        shared = joint and int(layer.rpartition(".")[2]) not in part.config.mm_layers
+        for sums, key in ((together, layer if joint else own), (apart, layer if shared else own)):
+            sums[key] = sums.get(key, 0) + num_bytes
+    return max(together.values(), default=0), max(apart.values(), default=0)
 
 
 NAMES = {

@@ -522,7 +522,7 @@ def disk_of(num_bytes: int) -> Iterator[None]:
 def test_a_disk_that_is_full_is_told_and_no_half_film_stays(generate: Generate, num_bytes: int) -> None:
     with disk_of(num_bytes):
         outcome = generate()
-    last = {0: "sampling", 2000: "decoding"}[num_bytes]
+    last = {0: "sound", 2000: "decoding"}[num_bytes]
     outcome.assert_refused("the film could not be written: file too large: FOLDER/out/film.mp4", after=last)
 
 

@@ -67,7 +67,7 @@ def test_weights_in_fewer_bits_take_less(
     base, few = (
         stages(doctor(capsys, tmp_path, *options, *w))["base"][1] for w in ([], ["--weights", weights])
     )
-    linears, worked_out = 30.57 - 0.11, 0.84  # in bfloat16; the largest of them worked out
+    linears, worked_out = 30.57 - 0.11, 1.26  # in bfloat16; those of the largest feed-forward worked out
     assert base - few == pytest.approx(linears * (1 - bits / 16) - worked_out, abs=0.15)
 
 

@@ -1,6 +1,7 @@
 """Feed-forwards that were made wider by units of zeros."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_padded_units_contribute_exactly_nothing(index: int) -> None:
     inner = []
     for layer in (plain, padded):
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: inner.append(given[0]))
-        layer.mlp.piece(x, spans)
+        layer.mlp(x, SimpleNamespace(spans=spans))
     assert (inner[0].shape[2], inner[1].shape[2]) == (UNITS, PADDED)
     torch.testing.assert_close(inner[1][..., :UNITS], inner[0], rtol=0, atol=1e-6)
     assert torch.equal(padded.mlp.down_proj.weight[:, :UNITS], plain.mlp.down_proj.weight)

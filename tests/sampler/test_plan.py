@@ -275,7 +275,7 @@ def test_the_plan_counts_the_weights_exactly(pony_folder: Path) -> None:
     assert stage.weights == sum(t.nbytes for t in state.values())
     layers = [sum(t.nbytes for n, t in state.items() if n.startswith(f"block.layers.{i}.")) for i in range(6)]
     assert stage.layers == tuple(layers)
-    assert stage.largest == max(t.nbytes for t in state.values()) and stage.dequantized == 0
+    assert stage.largest == max(t.nbytes for t in state.values()) and stage.dequantized == (0, 0)
 
 
 class Quantized:
@@ -302,7 +302,7 @@ class Quantized:
 def test_quantised_weights_count_as_they_are_stored_and_one_of_them_worked_out() -> None:
     plan = plan_film({"text_encoder": Quantized()}, FilmShape(32, 32, 6), None, HALF, HALF, META)
     (stage,) = plan.stages
-    assert (stage.rest, stage.layers, stage.dequantized) == (990, (128, 90), 180)
+    assert (stage.rest, stage.layers, stage.dequantized) == (990, (128, 90), (180, 180))
     assert stage.activations(Placement()) == stage.works[0].num_bytes + 180
 
 

@@ -38,6 +38,7 @@ from ..sampler.schedule import SHIFT
 from .latents import check_shapes
 from .operations import operations
 from .quantized import patcher_class
+from .quantized import to_core as quantized_weight
 from .quantized import to_host as to_quantized
 
 FP8 = "float8_e4m3fn"
@@ -239,17 +240,28 @@ class HappyHorseModel(comfy.model_base.BaseModel):
         return latent_image
 
     def memory_required(self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None) -> float:
-        """Bytes of one pass over packed latents [B, 1, N]."""
+        """Bytes of one pass over packed latents [B, 1, N], and of the weights that it works out."""
         del cond_shapes
         tokens = input_shape[-1] // LATENTS_PER_TOKEN + TEXT_LIMIT
-        dtype = self.diffusion_model.block.layers[0].attention.compute_dtype
+        layers = self.diffusion_model.block.layers
+        dtype = layers[0].attention.compute_dtype
         device = comfy.model_management.get_torch_device()
-        needed = transformer_activations(self.config, tokens, dtype.itemsize, device)
-        return SMALL_TENSORS * input_shape[0] * needed
+        needed = SMALL_TENSORS * transformer_activations(self.config, tokens, dtype.itemsize, device)
+        linears = ((layer.mlp.up_gate_proj, layer.mlp.down_proj) for layer in layers)
+        worked_out = max(sum(_worked_out(leaf.weight, dtype, device) for leaf in pair) for pair in linears)
+        return input_shape[0] * needed + worked_out
 
     def get_dynamic_vram__units(self) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
         """The layers, in the order in which the host shall keep them in memory."""
         return list(self.diffusion_model.block.layers), []
+
+
+def _worked_out(weight: Tensor, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of the values of a weight while it is used, where they are not those that are stored."""
+    stored = quantized_weight(weight)
+    if stored is None or stored.is_fast_for(dtype, device):
+        return 0
+    return weight.numel() * dtype.itemsize
 
 
 def _layout_inputs(shapes: list[tuple[int, ...]], text: Tensor) -> tuple[Latents, Tensor]:

@@ -71,6 +71,16 @@ def test_a_quantised_model_computes_in_the_host_as_in_the_core(quantized_pony: P
     assert patcher.model_size() < 1.1 * sum(tensor.nbytes for tensor in in_core.values())  # none is widened
 
 
+def test_the_host_is_told_of_the_values_that_are_worked_out(quantized_pony: Path, pony_folder: Path) -> None:
+    shape = [1, 1, 192 * 500]
+    plain, stored = (
+        load_model(path, None, "default").model for path in (pony_folder / "distill", quantized_pony)
+    )
+    layers = [layer.mlp for layer in stored.diffusion_model.block.layers]
+    values = max(mlp.up_gate_proj.weight.numel() + mlp.down_proj.weight.numel() for mlp in layers) * 4
+    assert stored.memory_required(shape) - plain.memory_required(shape) == pytest.approx(values, abs=1)
+
+
 def test_patches_of_quantised_weights_lose_nothing_and_leave_no_trace(quantized_pony: Path) -> None:
     patcher = load_model(quantized_pony, None, "default")
     before = host_velocity(patcher)

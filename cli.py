@@ -44,7 +44,6 @@ from .sampler.stages import RECIPES
 from .save_workflow import save_workflow
 
 log = logging.getLogger("happyhorse")
-PACKAGES = ("torch", "safetensors", "tokenizers", "av", "numpy", "pillow", "einops")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with torch.inference_mode():
             options.run(options)
         sys.stdout.flush()  # here, so that the end of `| head` is noticed here
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         what = "film" if options is None or options.command == "generate" else "file"
-        sys.stderr.write(f"\nhappyhorse: interrupted; no {what} was written\n")
+        sys.stderr.write(f"\nhappyhorse: interrupted; {str(interrupt) or f'no {what} was written'}\n")
         return 130
     except BrokenPipeError:  # who read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

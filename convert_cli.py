@@ -3,11 +3,11 @@
 import argparse
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from . import __version__
-from .model.checkpoint import Checkpoint, open_checkpoint
+from .model.checkpoint import open_checkpoint
 from .model.convert import WeightError, convert, velocity_error
+from .model.stream_writer import check_target
 
 LAYER = re.compile(r"[^\d]*\.\d+(?=\.)")  # the name of a tensor up to its first number
 
@@ -20,7 +20,7 @@ def run_convert(options: argparse.Namespace, progress: Callable[[str, int, int],
     if options.check and source.part != "transformer":
         part = source.part.replace("_", " ")
         raise ValueError(f"--check compares velocities, which the {part} has not; leave it out")
-    _check_target(source, options.out, options.overwrite)
+    check_target(options.out, [options.source], options.overwrite)
     program = f"happyhorse {__version__}"
 
     def told(done: int, total: int) -> None:
@@ -29,18 +29,13 @@ def run_convert(options: argparse.Namespace, progress: Callable[[str, int, int],
     errors = convert(source, options.out, options.to, program, told)
     lines = [*error_lines(errors), f"{options.out.resolve()}: {options.out.stat().st_size / 1e9:.2f} GB"]
     if options.check:
-        error = velocity_error(source, options.out, lambda done, total: progress("checking", done, total))
+        try:
+            error = velocity_error(source, options.out, lambda done, total: progress("checking", done, total))
+        except KeyboardInterrupt as interrupt:
+            whole = f"{options.out} is written and whole, only its check was not finished"
+            raise KeyboardInterrupt(whole) from interrupt
         lines.append(f"velocity error {_percent(error)}")
     return "\n".join(lines)
-
-
-def _check_target(source: Checkpoint, out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if out.resolve() == source.path.resolve():
-        raise ValueError(f"{out} is the source itself; give another name")
-    if not overwrite:
-        raise ValueError(f"{out} exists; give another name, or --overwrite to replace it")
 
 
 def error_lines(errors: Mapping[str, WeightError]) -> list[str]:

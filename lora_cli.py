@@ -1,7 +1,7 @@
 """`happyhorse lora`: what LoRA files are, and what is made of them."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from .model.lora import match, transformer_shapes
 from .model.lora_formats import LoraFile, open_lora
 from .model.lora_report import describe_lora, describe_match
 from .model.lora_tools import convert_lora, extract_lora, merge_loras
+from .model.stream_writer import check_target
 
 Progress = Callable[[str, int, int], None]
 PROGRAM = f"happyhorse {__version__}"
@@ -46,13 +47,13 @@ def _inspected(lora: LoraFile, config: TransformerConfig, preset: str) -> str:
 
 
 def _convert(options: argparse.Namespace, progress: Progress) -> str:  # noqa: ARG001
-    _check_target(options.out, [options.source], options.overwrite)
+    check_target(options.out, [options.source], options.overwrite)
     lora, config = open_lora(options.source), _config(options)
     return f"{describe_match(lora, convert_lora(lora, options.out, config), config)}\n{_size(options.out)}"
 
 
 def _extract(options: argparse.Namespace, progress: Progress) -> str:
-    _check_target(options.out, [options.tuned, options.base], options.overwrite)
+    check_target(options.out, [options.tuned, options.base], options.overwrite)
     tuned, base = _open(options.tuned), _open(options.base)
     told = partial(progress, "extracting")
     errors = extract_lora(tuned, base, options.out, options.rank, PROGRAM, told)
@@ -61,7 +62,7 @@ def _extract(options: argparse.Namespace, progress: Progress) -> str:
 
 
 def _merge(options: argparse.Namespace, progress: Progress) -> str:
-    _check_target(options.out, [options.source, *(lora.path for lora in options.loras)], options.overwrite)
+    check_target(options.out, [options.source, *(lora.path for lora in options.loras)], options.overwrite)
     checkpoint = open_checkpoint(options.source, "transformer", options.variant)
     loras = [(open_lora(lora.path), lora.strengths) for lora in options.loras]
     changed = merge_loras(checkpoint, loras, options.out, PROGRAM, partial(progress, "merging"))
@@ -77,15 +78,6 @@ def _open(path: Path) -> Checkpoint:
         return open_checkpoint(path, "transformer")
     except UnknownVariantError:  # names and shapes are the same in all of them
         return open_checkpoint(path, "transformer", VARIANTS[0])
-
-
-def _check_target(out: Path, sources: Sequence[Path], overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if out.resolve() in [source.resolve() for source in sources]:
-        raise ValueError(f"{out} is the source itself; give another name")
-    if not overwrite:
-        raise ValueError(f"{out} exists; give another name, or --overwrite to replace it")
 
 
 def _size(path: Path) -> str:

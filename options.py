@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -314,25 +314,43 @@ def parse_lora(text: str) -> Lora:
 
     Raises ArgumentTypeError that quotes what is wrong.
     """
-    found = re.search(rf":(?=({'|'.join(LORA_STRENGTHS)}|blocks)=)", text)
+    found = re.search(rf"[:,]\s*(?=({'|'.join(LORA_STRENGTHS)}|blocks)\s*=)", text)
     head, settings = (text[: found.start()], text[found.end() :]) if found else (text, "")
     path, colon, strength = head.rpartition(":")
     if not colon or re.search(r"[/\\]|\.[a-z]+$", strength):  # the colon of a path, as in C:\a.safetensors
         path, strength = head, "1"
-    settings, _, blocks = settings.partition("blocks=")
-    pairs = [pair.partition("=")[::2] for pair in settings.rstrip(",").split(",") if pair.strip()]
-    names = [name.strip() for name, _ in pairs]
-    if wrong := [name for name in names if name not in LORA_STRENGTHS or names.count(name) > 1]:
-        raise argparse.ArgumentTypeError(
-            f"settings are {', '.join(LORA_STRENGTHS)} and blocks, each once, got {wrong[0]!r} in {text!r}"
-        )
     try:
         if not path.strip():
             raise ValueError("the file is missing")
-        values = {name: _number(value) for name, (_, value) in zip(names, pairs, strict=True)}
+        if "=" in strength:  # behind which no setting that is known was found
+            _check_names([strength.partition("=")[0].rpartition(",")[2].strip()])
+        values, blocks = _lora_settings(settings)
+        if found and found[0].startswith(","):
+            raise ValueError(f"a colon must stand before {found[1]}=, got a comma")
         return Lora(Path(path), Strengths(_number(strength), **values, blocks=blocks))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{error} in {text!r}; write FILE:0.8:video=1,audio=0") from error
+
+
+def _lora_settings(text: str) -> tuple[dict[str, float], str]:
+    """The strengths by name, and blocks; raises ValueError for names that are unknown or out of place."""
+    start = re.search(r"(?:^|,)\s*blocks\s*=", text)
+    text, blocks = (text[: start.start()], text[start.end() :]) if start else (text, "")
+    pairs = [pair.partition("=")[::2] for pair in text.split(",") if pair.strip()]
+    names = [name.strip() for name, _ in pairs]
+    behind = re.findall(r"([^\s,:=]*)\s*=", blocks)
+    _check_names([*names, *(["blocks"] if start else []), *behind])
+    if behind:
+        raise ValueError(f"blocks= must come last, got {behind[0]}= behind it")
+    if ":" in text:
+        raise ValueError(f"commas must stand between settings, got a colon in {text!r}")
+    return {name: _number(value) for name, (_, value) in zip(names, pairs, strict=True)}, blocks
+
+
+def _check_names(names: Sequence[str]) -> None:
+    known = (*LORA_STRENGTHS, "blocks")
+    if wrong := [name for name in names if name not in known or names.count(name) > 1]:
+        raise ValueError(f"settings are {', '.join(LORA_STRENGTHS)} and blocks, each once, got {wrong[0]!r}")
 
 
 def _number(text: str) -> float:

@@ -315,10 +315,15 @@ def _read_for_use(
             return stored
         stored = stored.dequantize(kept)
     tensor = stored.to(home, torch.float32 if patches else kept)
+    check_finite(tensor, own, checkpoint)
     for patch in patches:
         tensor = patch(tensor if tensor is not stored else tensor.clone())
     tensor = tensor.to(kept)
-    check_finite(tensor, own, checkpoint)
+    if patches and not _is_finite(tensor):
+        raise ValueError(
+            f"a LoRA makes {own} of the {checkpoint.label} NaN or infinite; lower its strength, or give "
+            "another"
+        )
     return tensor
 
 
@@ -336,7 +341,8 @@ def _place(
     if isinstance(value, QuantizedWeight):
         if fast_float8 and isinstance(owner, ModalityLinear):
             value = value.aligned(owner.modalities)
-        owner.hold(value, patches)
+        device = value.data.device
+        owner.hold(value, [p.to(device) if hasattr(p, "to") else p for p in patches])
         if isinstance(owner, Embedding):
             owner.compute_dtype = dtype
     elif leaf in dict(owner.named_buffers(recurse=False)):
@@ -352,10 +358,14 @@ def storage_dtype(part: str, name: str, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    # minimum and maximum carry NaN and infinity, and need no memory of the tensor's size
+    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
+
+
 def check_finite(tensor: Tensor, name: str, checkpoint: Checkpoint) -> None:
     """Raise ValueError naming a tensor of a checkpoint that holds NaN or infinite values."""
-    # minimum and maximum carry NaN and infinity, and need no memory of the tensor's size
-    if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor)):
+    if not _is_finite(tensor):
         raise ValueError(
             f"{checkpoint.path}: {name} of the {checkpoint.label} holds NaN or infinite values; "
             "the file is damaged, download it again"

@@ -7,6 +7,7 @@ is read tensor by tensor and worked on in slices of rows, so it may be far large
 import hashlib
 import json
 import math
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +39,6 @@ FAMILY = "happyhorse"
 SLICE_VALUES = 1 << 22  # values worked on at a time: 16 MB in float32
 SLICE_ROWS = 256  # a multiple of this many rows is a whole number of blocks, however long the rows
 COMFY_QUANT = json.dumps({"format": FP8}).encode()
-UNKNOWN_HASH = "#" * 64
 
 
 @dataclass
@@ -82,7 +82,8 @@ def convert(
     kinds = {own: _kind(source, own, to) for own in expected if own in source.names}
     writer = GgufStreamWriter if suffix_of(to) == ".gguf" else SafetensorsWriter
     errors, digest = {}, hashlib.sha256()
-    with writer(target, _entries(source, kinds, to), _metadata(source, to, program)) as file:
+    unknown_hash = uuid.uuid4().hex * 2  # random, so that it is nowhere else in the header
+    with writer(target, _entries(source, kinds, to), _metadata(source, to, program, unknown_hash)) as file:
         for done, (own, kind) in enumerate(kinds.items()):
             progress(done, len(kinds))
             weight, errors[own] = source.read(own), WeightError()
@@ -102,7 +103,7 @@ def convert(
                     _beside(own, "comfy_quant"), torch.frombuffer(bytearray(COMFY_QUANT), dtype=torch.uint8)
                 )
         progress(len(kinds), len(kinds))
-        file.fill_in(UNKNOWN_HASH, digest.hexdigest())
+        file.fill_in(unknown_hash, digest.hexdigest())
     return errors
 
 
@@ -155,7 +156,7 @@ def _beside(own: str, leaf: str) -> str:
     return f"{own.removesuffix('weight')}{leaf}"
 
 
-def _metadata(source: Checkpoint, to: str, program: str) -> dict[str, str]:
+def _metadata(source: Checkpoint, to: str, program: str, source_sha256: str) -> dict[str, str]:
     """What the file says of itself; the same source and program always make the same file."""
     rest = "matrices" if source.part not in QUANTIZABLE else "matrices of the layers"
     told = {
@@ -165,7 +166,7 @@ def _metadata(source: Checkpoint, to: str, program: str) -> dict[str, str]:
         "config": json.dumps(source.config.to_dict()),
         "source": source.path.resolve().name,
         # of our names, the shapes and the stored bytes (with scales) of all tensors, in the network's order
-        "source_sha256": UNKNOWN_HASH,
+        "source_sha256": source_sha256,
         "recipe": f"{program}, convert --to {to}: {rest} in {FORMATS[to]}, all else as in the source",
         "note": source.file.metadata.get("note"),
         "tokenizer": _tokenizer_json(source) if source.part == "text_encoder" else None,

@@ -163,11 +163,6 @@ class LoraPatch:
         """The same with its factors on another device."""
         return replace(self, change=self.change.to(device))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its factors."""
-        return sum(tensor.nbytes for tensor in self.change.tensors)
-
 
 def _add(
     part: Tensor, change: Change, rows: tuple[int, int], strength: float, column_norms: Tensor | None

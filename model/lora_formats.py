@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .quant import find_quantized
 from .weight_files import WeightFile, open_weights
 
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
@@ -25,7 +26,12 @@ KEY = re.compile(
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.\w+){0,2})"
 )
 HALVES = {"A": "down", "B": "up", "down": "down", "up": "up"}
+DAMAGED = "the file is damaged, download it again"
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+PLAIN = {
+    "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2",
+    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),  # pickles have these
+}  # fmt: skip
 WORDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "diff": "difference"}
 
 
@@ -121,8 +127,11 @@ class LoraFile:
             )
         self.adapters, self.unknown = tuple(adapters.values()), tuple(unknown)
         self._settings = _adapter_settings(file)
+        scaled = {name for name, stored in find_quantized(file)[0].items() if stored.scale}
         for adapter in self.adapters:
             self._check_roles(adapter)
+            for role, key in adapter.keys.items():
+                self._check_tensor(role, key, key in scaled)
 
     @property
     def path(self) -> Path:
@@ -141,6 +150,23 @@ class LoraFile:
             raise ValueError(
                 f"{self.path}: {adapter.stem} has {', '.join(sorted(adapter.keys.values()))} but "
                 f"{problem[0]}; the file is incomplete or of an unknown format"
+            )
+
+    def _check_tensor(self, role: str, key: str, scaled: bool) -> None:
+        info = self.file.tensors[key]
+        shape, count = list(info.shape), math.prod(info.shape)
+        if role == "alpha" and count != 1:
+            raise ValueError(f"{self.path}: {key} must be one number, got the shape {shape}; {DAMAGED}")
+        if not count:
+            raise ValueError(f"{self.path}: {key} has the shape {shape}, which holds nothing; {DAMAGED}")
+        if not shape and role not in ("alpha", "diff"):
+            raise ValueError(f"{self.path}: {key} must be a matrix, got a single number; {DAMAGED}")
+        if scaled or (role != "alpha" and info.dtype not in PLAIN):
+            found = f"{info.dtype} with a scale" if scaled else info.dtype
+            raise ValueError(
+                f"{self.path}: {key} is stored in {found}, but a LoRA must be a "
+                ".safetensors file of float32, bfloat16, float16 or float8 values without scales; "
+                "use the file that this one was made from"
             )
 
     def shape(self, adapter: Adapter) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, check_finite, check_names
 from .config import TransformerConfig
+from .convert import FAMILY
 from .lora import Match, Place, Rows, Strengths, match, patches, rows_of, transformer_shapes
 from .lora_formats import LOHA, WORDS, Adapter, LoraFile
 from .quant import QuantizedWeight
@@ -17,7 +18,6 @@ from .stream_writer import DTYPE_NAMES, Entry, SafetensorsWriter
 from .weight_files import write_tensors
 
 Progress = Callable[[int, int], None]
-FAMILY = "happyhorse"
 STOCK_PREFIX = "diffusion_model."
 STOCK_ROLES = {"up": "lora_B.weight", "down": "lora_A.weight", "magnitude": "dora_scale"}
 NOT_WEIGHTS = ("adapter.rope.bands",)

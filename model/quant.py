@@ -58,7 +58,9 @@ class QuantizedWeight:
             return dequantize_blocks(self.data, self.format, dtype).reshape(self.shape)
         values = self.data.to(dtype)
         if self.scale is not None:
-            torch.mul(values, self.scale, out=values)
+            # with axes, as on other devices than the CPU a number alone would be rounded to the values' dtype
+            scale = self.scale.reshape(-1, *[1] * (values.ndim - 1))
+            torch.mul(values, scale, out=values)
         rows, columns = self.shape[0] // self.copies, self.shape[1:]
         if values.shape != self.shape:
             values = values.unflatten(0, (self.copies, -1))[:, :rows, : columns.numel()].reshape(self.shape)
@@ -66,6 +68,8 @@ class QuantizedWeight:
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The values of some rows: `index` of any shape -> [*index.shape, columns]."""
+        if self.format in BLOCKS and self.data.ndim == 1:  # rows are no whole blocks
+            return self.dequantize(dtype)[index]
         flat = index.flatten()
         scale = self.scale if self.scale is None or not self.scale.ndim else self.scale[flat]
         shape = torch.Size((len(flat), *self.shape[1:]))
@@ -76,6 +80,11 @@ class QuantizedWeight:
         """The same on another device."""
         scale = None if self.scale is None else self.scale.to(device)
         return replace(self, data=self.data.to(device), scale=scale)
+
+    def clone(self) -> "QuantizedWeight":
+        """A copy."""
+        scale = None if self.scale is None else self.scale.clone()
+        return replace(self, data=self.data.clone(), scale=scale)
 
     def aligned(self, copies: int) -> "QuantizedWeight":
         """The same; if of float8, with the zeros that fast products want behind each stacked copy."""
@@ -105,7 +114,8 @@ class QuantizedWeight:
     def bounds(self) -> Tensor:
         """A few values that are NaN or infinite if one of the weight's is."""
         if self.format in FLOAT8:
-            return torch.stack([part.to(torch.float32).abs().sum() for part in self.data.split(SLICE_ROWS)])
+            sums = [part.to(torch.float32).abs().max() for part in self.data.split(SLICE_ROWS)]
+            return torch.stack(sums) * (1.0 if self.scale is None else self.scale.max())
         if self.format in BLOCKS:
             return block_scales(self.data, self.format)
         return self.scale  # whole numbers are always finite
@@ -142,13 +152,18 @@ def find_quantized(file: WeightFile) -> tuple[dict[str, Stored], set[str]]:
             stored = _noted_format(file, name, note, stored)
         if stored is None:
             continue
-        scale = next((s for s in (pattern.format(layer) for pattern in SCALES) if s in file.tensors), None)
-        found[name] = Stored(stored, scale if dot else None)
+        scales = [
+            pattern.format(layer) for pattern in SCALES if dot and pattern.format(layer) in file.tensors
+        ]
+        if len(scales) > 1:
+            raise ValueError(f"{file.path}: {name} has two scales, {' and '.join(scales)}; download it again")
+        found[name] = Stored(stored, next(iter(scales), None))
         beside |= {pattern.format(layer) for pattern in (*SCALES, *NOTES)} & set(file.tensors)
     scaled = bool(noted) or any(stored.scale for stored in found.values())  # then all of them must be
     for name, stored in found.items():
         must = stored.format == "int8" or (stored.format in FLOAT8 and scaled)
-        if must and stored.scale is None and len(file.tensors[name].shape) > 1:
+        matrix = len(file.tensors[name].shape) > 1 or stored.format == "int8"
+        if must and stored.scale is None and matrix:
             looked = ", ".join(pattern.format(name.removesuffix(".weight")) for pattern in SCALES)
             raise ValueError(
                 f"{file.path}: {name} is stored in {stored.format}, but its scale is missing (looked for "
@@ -175,7 +190,8 @@ def _comfy_notes(file: WeightFile) -> Mapping[str, Any]:
 def _noted_format(file: WeightFile, name: str, note: Any, stored: str | None) -> str:
     asked = note.get("format") if isinstance(note, dict) else note
     format = COMFY_FORMATS.get(asked) if isinstance(asked, str) else None
-    details = {**note, **(note.get("params") or {})} if isinstance(note, dict) else {}
+    params = note.get("params") if isinstance(note, dict) else None
+    details = {**note, **params} if isinstance(params, dict) else note if isinstance(note, dict) else {}
     if format is None or details.get("convrot"):
         found = "a rotated int8" if format else repr(asked)
         raise ValueError(
@@ -201,7 +217,13 @@ def read_quantized(file: WeightFile, name: str, stored: Stored) -> QuantizedWeig
 
 def _row_scale(file: WeightFile, scale_name: str, rows: int) -> Tensor:
     """A scale as [] or [rows, 1]; one of three stands for a third of the rows."""
-    scale = file.read(scale_name).float()
+    scale = file.read(scale_name)
+    if not scale.is_floating_point():
+        raise ValueError(
+            f"{file.path}: {scale_name} must hold floating-point numbers, not {scale.dtype}; "
+            "download the file again"
+        )
+    scale = scale.float()
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ValueError(
             f"{file.path}: {scale_name} must be positive and finite, and is not; download the file again"

@@ -28,6 +28,8 @@ try:
 except ImportError:  # Windows, where a file that is open cannot be removed anyway
     fcntl = None
 
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # what some network folders answer
+
 Writer = TypeVar("Writer", bound="StreamWriter")
 Entry = tuple[str, str, Sequence[int]]  # name, type, shape
 
@@ -38,6 +40,26 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # as safetensors and GGUF call them
+
+
+def check_target(target: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Raise ValueError where writing `target` would harm the files or folders it is made of, or replace a
+    file without being asked to.
+    """
+    entry = target.parent.resolve() / target.name  # replaced itself where it is a link
+    for source in sources:
+        files = [source, *source.iterdir()] if source.is_dir() else [source]
+        if target.resolve() == source.resolve():
+            raise ValueError(f"{target} is the source itself; give another name")
+        if source.resolve() in (*entry.parents, *target.resolve().parents):
+            raise ValueError(
+                f"{target} lies in the source folder {source}, whose files must stay as they are; "
+                "choose another folder"
+            )
+        if target.resolve() in [file.resolve() for file in files]:
+            raise ValueError(f"{target} is a file of the source {source}; choose another folder")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists; give another name, or --overwrite to replace it")
 
 
 @dataclass(frozen=True)
@@ -152,14 +174,22 @@ class StreamWriter:
 
 
 def _open_locked(path: Path) -> tuple[Path, io.BufferedRandom]:
-    """A new hidden file beside `path`, locked for as long as it is open."""
+    """A new hidden file beside `path`, locked for as long as it is open, where the file system has locks."""
     while True:
         temporary = path.with_name(f".{path.name[:48]}.{uuid.uuid4().hex}.unfinished")
         file = temporary.open("x+b")
         if fcntl is None:
             return temporary, file
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:  # else another run removed it before the lock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            removed = not os.fstat(file.fileno()).st_nlink  # by another run, before the lock
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in NO_LOCKS:
+                return temporary, file  # no other run can lock it either, so none takes it for a dead run's
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+        if not removed:
             return temporary, file
         file.close()
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import comfy.conds
 import comfy.latent_formats
 import comfy.ldm.modules.attention
+import comfy.memory_management
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -248,7 +249,7 @@ class HappyHorseModel(comfy.model_base.BaseModel):
         device = comfy.model_management.get_torch_device()
         needed = SMALL_TENSORS * transformer_activations(self.config, tokens, dtype.itemsize, device)
         linears = ((layer.mlp.up_gate_proj, layer.mlp.down_proj) for layer in layers)
-        worked_out = max(sum(_worked_out(leaf.weight, dtype, device) for leaf in pair) for pair in linears)
+        worked_out = max(sum(_worked_out(leaf.weight, dtype) for leaf in pair) for pair in linears)
         return input_shape[0] * needed + worked_out
 
     def get_dynamic_vram__units(self) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
@@ -256,12 +257,11 @@ class HappyHorseModel(comfy.model_base.BaseModel):
         return list(self.diffusion_model.block.layers), []
 
 
-def _worked_out(weight: Tensor, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of the values of a weight while it is used, where they are not those that are stored."""
-    stored = quantized_weight(weight)
-    if stored is None or stored.is_fast_for(dtype, device):
-        return 0
-    return weight.numel() * dtype.itemsize
+def _worked_out(weight: Tensor, dtype: torch.dtype) -> int:
+    """Bytes of a weight's values while it is held: where it is quantised, or may be fetched for a while."""
+    dynamic = comfy.memory_management.aimdo_enabled
+    fetched = not dynamic and not comfy.model_management.cpu_mode()
+    return weight.numel() * dtype.itemsize if quantized_weight(weight) is not None or fetched else 0
 
 
 def _layout_inputs(shapes: list[tuple[int, ...]], text: Tensor) -> tuple[Latents, Tensor]:

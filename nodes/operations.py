@@ -29,10 +29,20 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
         held_weight = ()
 
         def held(self, dtype: torch.dtype, device: torch.device) -> "_Held":
-            """As the core's; the host has the weight on the device in the meantime."""
+            """As the core's."""
             return _Held(self, dtype, device)
 
-        forward = core.ModalityLinear.forward
+        def forward(self, x: Tensor, spans: Spans) -> Tensor:
+            if self.held_weight:
+                return core.modality_linear(x, *self.held_weight, self.modalities, spans)
+            comfy.ops.run_every_op()
+            with comfy.ops.CastBiasWeightContext(self, x, offloadable=True) as (weight, _):
+                weight = core.ready(to_core(weight) or weight, x.dtype, x.device, self.modalities)
+                return core.modality_linear(x, weight, self.modalities, spans)
+
+        def convert_weight(self, weight: Tensor, inplace: bool = False, **_: Any) -> Tensor:  # noqa: ARG002
+            """What the host's patches start from."""
+            return weight.dequantize() if isinstance(weight, comfy.ops.QuantizedTensor) else weight
 
     class Embedding(base.Embedding):
         """A host embedding; of a quantised table only the rows asked for are worked out."""
@@ -57,20 +67,27 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
 
 
 class _Held(core.Held):
-    """`core.Held` for a leaf of the host."""
+    """`core.Held` for a leaf of the host.
+
+    The host fetches weights into buffers that the next fetch may use again, so what is held is a copy of what
+    lies there, unless its values are worked out anyway. Where the host moves weights by itself (its dynamic
+    VRAM), it keeps those of a layer as long as the layer runs: there nothing needs to be held.
+    """
 
     def __enter__(self) -> None:
+        leaf = self.leaf
         comfy.ops.run_every_op()
-        self.context = comfy.ops.CastBiasWeightContext(
-            self.leaf, dtype=self.dtype, bias_dtype=self.dtype, device=self.device, offloadable=True
-        )
-        weight, _ = self.context.__enter__()
-        weight = to_core(weight) or weight
-        self.leaf.held_weight = (core.ready(weight, self.dtype, self.device, self.leaf.modalities),)
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        self.context.__exit__(*error)
+        with comfy.ops.CastBiasWeightContext(
+            leaf, dtype=self.dtype, bias_dtype=self.dtype, device=self.device, offloadable=True
+        ) as (weight, _):
+            stored = to_core(weight) or weight
+            made = core.ready(stored, self.dtype, self.device, leaf.modalities)
+            cast = weight.dtype != leaf.weight.dtype or leaf.weight_function
+            if made is stored and not cast and weight.data_ptr() != leaf.weight.data_ptr():
+                if hasattr(leaf, "_v"):
+                    return
+                made = made.clone()
+        leaf.held_weight = (made,)
 
 
 class ModalityRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):

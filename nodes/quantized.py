@@ -7,6 +7,7 @@ whenever a layer computes: put back into few bits, small changes would be lost.
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import comfy.lora
@@ -20,6 +21,10 @@ from torch import Tensor
 from ..model.quant import WRITTEN, QuantizedWeight, quantize
 
 LAYOUT = "HappyHorseLayout"
+CANNOT_SAVE = (
+    "quantised weights cannot be saved from here; use `happyhorse convert` and `happyhorse lora merge`, or "
+    "load a bfloat16 file"
+)
 
 
 class Layout(QuantizedLayout):
@@ -116,13 +121,46 @@ class PatchesAtUse:
             )
             if not self._is_quantized(key):
                 plain[given] = patch
-            elif strength_patch or strength_model != 1.0:
+                continue
+            at_use.append(given)
+            if strength_patch or strength_model != 1.0:
                 whole = (strength_patch, patch, strength_model, offset, function)
                 self.add_weight_wrapper(key, _Patch(key, whole))
-                at_use.append(given)
         known = super().add_patches(plain, strength_patch, strength_model)
         self.patches_uuid = uuid.uuid4()
         return [*known, *at_use]
+
+    def clone(self, *arguments: Any, **options: Any) -> Any:
+        """As the host's; one that is not dynamic any more is of this class, too."""
+        clone = super().clone(*arguments, **options)
+        if not isinstance(clone, PatchesAtUse):
+            clone.__class__ = patcher_class(disable_dynamic=True)
+        return clone
+
+    def add_hook_patches(
+        self, hook: Any, patches: Mapping[Any, Any], *strengths: float, **options: Any
+    ) -> Any:
+        """Raises ValueError where hooks shall change quantised weights, which these cannot do."""
+        if any(self._is_quantized(key[0] if isinstance(key, tuple) else key) for key in patches):
+            raise ValueError(
+                "LoRA hooks change plain weights only, and this model's are quantised; put HappyHorse Load "
+                "LoRA behind the model instead, or load a bfloat16 file"
+            )
+        return super().add_hook_patches(hook, patches, *strengths, **options)
+
+    def get_key_patches(self, *arguments: Any, **options: Any) -> dict[str, list[Any]]:
+        """The weights and their patches, for nodes that merge models."""
+        found = super().get_key_patches(*arguments, **options)
+        for key, wrappers in self.weight_wrapper_patches.items():
+            if key in found:
+                found[key] = [*found[key], *(w.patch for w in wrappers if isinstance(w, _Patch))]
+        return found
+
+    def state_dict_for_saving(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        """Raises ValueError where there are quantised weights, which ComfyUI's files have no form for."""
+        if any(isinstance(weight, QuantizedTensor) for weight in self.model.parameters()):
+            raise ValueError(f"model: {CANNOT_SAVE}")
+        return super().state_dict_for_saving(*arguments, **options)
 
     def clone_has_same_weights(self, clone: Any, allow_multigpu: bool = False) -> bool:
         """Whether another clone computes with the same weights."""
@@ -139,5 +177,9 @@ class PatchesAtUse:
 def patcher_class(disable_dynamic: bool) -> type:
     """The host's class of patcher, which it may replace when it starts, with patches at use."""
     patcher = comfy.model_patcher
-    host = patcher.ModelPatcher if disable_dynamic else patcher.CoreModelPatcher
+    return _with_patches_at_use(patcher.ModelPatcher if disable_dynamic else patcher.CoreModelPatcher)
+
+
+@cache
+def _with_patches_at_use(host: type) -> type:
     return type(host.__name__, (PatchesAtUse, host), {})

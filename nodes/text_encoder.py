@@ -20,7 +20,7 @@ from ..model.text_encoder import TextEncoder
 from ..sampler.plan import activations
 from .model import default_compute_dtype
 from .operations import operations
-from .quantized import to_host
+from .quantized import CANNOT_SAVE, to_host
 
 WEIGHT_DTYPES = {"default": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 NAME = "t5gemma"
@@ -30,8 +30,8 @@ ANY_SHAPE = FilmShape(32, 32, 6)
 class Tokenizer:
     """The host's face of the core's tokenizer: whole prompts, no weights in brackets, no padding."""
 
-    def __init__(self, tokenizer: CoreTokenizer) -> None:
-        self.core = tokenizer
+    def __init__(self, tokenizer: CoreTokenizer, quantized: bool) -> None:
+        self.core, self.quantized = tokenizer, quantized
 
     def tokenize_with_weights(
         self, text: str, return_word_ids: bool = False, **_: Any
@@ -45,7 +45,11 @@ class Tokenizer:
         return [(pair, self.core.text_of(pair[0])) for pair in pairs]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing: the tokenizer lies beside the weights."""
+        """Nothing: the tokenizer lies beside the weights. ComfyUI asks for it when it saves a CLIP: raises
+        ValueError where that cannot be done.
+        """
+        if self.quantized:
+            raise ValueError(f"clip: {CANNOT_SAVE}")
         return {}
 
 
@@ -105,7 +109,9 @@ def _load(path: Path, dtype_name: str, device: str, disable_dynamic: bool = Fals
     check_names(checkpoint, checkpoint.build().state_dict())
     tokenizer = load_tokenizer(checkpoint)
     dtype = WEIGHT_DTYPES[dtype_name] or default_compute_dtype()
-    target = comfy.supported_models_base.ClipTarget(lambda **_: Tokenizer(tokenizer), TextEncoderModel)
+    target = comfy.supported_models_base.ClipTarget(
+        lambda **_: Tokenizer(tokenizer, bool(checkpoint.quantized)), TextEncoderModel
+    )
     target.params = {"config": checkpoint.config}
     cpu = torch.device("cpu")
     options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}

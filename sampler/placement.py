@@ -1,7 +1,8 @@
 """Where the parts of a film run: on the device, streamed from CPU memory, in pieces."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..model.run_block import RunBlock
 
+PAGE = mmap.PAGESIZE
 # from the fastest to the one that needs least
 OFFLOADS = ("none", "stage", "blocks", "pieces")
 
@@ -73,7 +75,7 @@ class LayerStream:
         self._copying = self._module.Stream(device) if self._module else None
         self._computed = None  # event at the end of the layer before
         streamed = [weight for layer in self.layers[resident:] for weight in layer]
-        self._locked = [weight for weight in streamed if self._lock(weight)]
+        self._locked = [start for start, stop in page_ranges(streamed) if self._lock(start, stop)]
 
     def __call__(self, index: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if index < self.resident:
@@ -96,8 +98,8 @@ class LayerStream:
         self._ahead = None
         if self._locked:
             self._module.synchronize(self.device)
-        for weight in self._locked:
-            self._module.cudart().cudaHostUnregister(weight.data_ptr())
+        for start in self._locked:
+            self._module.cudart().cudaHostUnregister(start)
         self._locked = []
 
     def _start(self, index: int) -> None:
@@ -122,11 +124,31 @@ class LayerStream:
                 copy.record_stream(computing)  # the allocator must not reuse it before the layer has run
         return copies
 
-    def _lock(self, weight: Tensor) -> bool:
-        """Page-lock a weight where it lies; torch's own pinned copies take up to twice their size."""
+    def _lock(self, start: int, stop: int) -> bool:
+        """Page-lock memory where it lies; torch's own pinned copies take up to twice their size."""
         if not self._module or not hasattr(self._module, "cudart"):
             return False
-        return int(self._module.cudart().cudaHostRegister(weight.data_ptr(), weight.nbytes, 0)) == 0
+        if int(self._module.cudart().cudaHostRegister(start, stop - start, 0)) == 0:
+            return True
+        with suppress(RuntimeError):  # else the next kernel would be blamed: the error waits for it
+            torch.zeros(1, device=self.device).add_(1).item()
+        return False
+
+
+def page_ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """The addresses (start, stop) of tensors in CPU memory in whole pages, those that touch as one.
+
+    Neighbours in a mapped file share a page, which can be locked only once.
+    """
+    ranges: list[tuple[int, int]] = []
+    for address, num_bytes in sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors):
+        start = address // PAGE * PAGE
+        stop = -(-(address + num_bytes) // PAGE) * PAGE
+        if ranges and start <= ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], max(stop, ranges[-1][1]))
+        else:
+            ranges.append((start, stop))
+    return ranges
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         ("a:0.5:video=1,audio=0.25, text=-1", "a", Strengths(0.5, 1, 0.25, -1)),
         ("a.safetensors:audio=0", "a.safetensors", Strengths(audio=0)),
         ("a:1:audio=2,blocks=0-3:0.5,4", "a", Strengths(audio=2, blocks="0-3:0.5,4")),
+        ("a:1: video=2, blocks = 3", "a", Strengths(video=2, blocks=" 3")),
+        ("x=1,y:z/a.safetensors:2", "x=1,y:z/a.safetensors", Strengths(2)),
     ],
 )
 def test_a_lora_is_given_with_its_strengths(text: str, path: str, strengths: Strengths) -> None:
@@ -97,7 +100,16 @@ def test_a_lora_is_given_with_its_strengths(text: str, path: str, strengths: Str
         ("a.safetensors:x", "a strength must be a number, got 'x'"),
         ("a.safetensors:", "a strength must be a number, got ''"),
         ("a:nan", "the strength of a LoRA must be a finite number, got nan"),
-        ("a:1:vdeo=2", "a strength must be a number, got 'vdeo=2'"),
+        ("a:1:vdeo=2", "settings are video, audio, text, shared and blocks, each once, got 'vdeo'"),
+        ("a:1:foo=2,video=1", "each once, got 'foo'"),
+        ("a:0.5,foo=2", "each once, got 'foo'"),
+        ("a:0.5,video=0", "a colon must stand before video=, got a comma"),
+        ("a.safetensors,blocks=0-3:0.5", "a colon must stand before blocks=, got a comma"),
+        ("a:1:video=1:audio=2", "commas must stand between settings, got a colon in 'video=1:audio=2'"),
+        ("a:1:blocks=2:0.5,video=2", "blocks= must come last, got video= behind it"),
+        ("a:1:blocks=2,foo=2", "each once, got 'foo'"),
+        ("a:1:blocks=2,blocks=3", "each once, got 'blocks'"),
+        ("a:1:video=1,foo", "each once, got 'foo'"),
         ("a:1:video=2,foo=3", "settings are video, audio, text, shared and blocks, each once, got 'foo'"),
         ("a:1:video=1,video=2", "each once, got 'video'"),
         ("a:1:video=", "a strength must be a number, got ''"),
@@ -371,6 +383,54 @@ def test_input_that_cannot_be_used_is_one_sentence(
     assert "holds the text encoder" in refused(capsys, "merge", pony_folder / "text_encoder", style, out)
     assert "holds no LoRA" in refused(capsys, "inspect", next(base.glob("*.safetensors")))
     assert not out.exists()
+
+
+BROKEN = {
+    "lora_A.weight has the shape [0, 424], which holds nothing": {"lora_A.weight": random(0, 424)},
+    "lora_A.weight must be a matrix, got a single number": {"lora_A.weight": torch.tensor(1.0)},
+    "alpha must be one number, got the shape [0]": {"alpha": torch.zeros(0)},
+    "alpha holds NaN or infinite values": {"alpha": torch.tensor(torch.nan)},
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_every_command_says_what_is_wrong_with_a_lora(
+    message: str, pony_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = {f"transformer.{SHARED}.{role}": tensor for role, tensor in BROKEN[message].items()}
+    style, out = save(tmp_path / "a.safetensors", {**lora(SHARED), **changed}), tmp_path / "out.safetensors"
+    generated = ("--models", pony_folder, "--prompt", "x", "--out", tmp_path / "x.mp4")
+    for arguments in (
+        ("lora", "inspect", style, "--preset", "pony"),
+        ("lora", "convert", style, out, "--preset", "pony"),
+        ("lora", "merge", pony_folder / "base", style, out),
+        ("generate", "--preset", "pony", "--lora", style, *generated),
+    ):
+        assert main(list(map(str, arguments))) == 2
+        assert message in (said := capsys.readouterr().err.strip()).splitlines()[-1]
+        assert str(style) in said and "Traceback" not in said
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_nothing_is_written_into_a_source_folder(
+    pony_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, style = shutil.copytree(pony_folder / "base", tmp_path / "base"), tmp_path / "lora"
+    style.mkdir()
+    save(style / "adapter_model.safetensors", lora(SHARED))
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    own = next(base.glob("*.safetensors"))
+    for out in (own, base / "new.safetensors"):
+        for arguments in (
+            ("merge", base, style, out),
+            ("extract", base, pony_folder / "base", out, "--rank", 4),
+            ("extract", pony_folder / "base", base, out, "--rank", 4),
+        ):
+            said = refused(capsys, *arguments, "--overwrite")
+            assert f"{out} lies in the source folder {base}" in said and "choose another folder" in said
+    said = refused(capsys, "convert", style, style / "new.safetensors", "--preset", "pony")
+    assert "lies in the source folder" in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
 
 
 def test_a_target_is_replaced_where_that_is_asked_for(tmp_path: Path) -> None:

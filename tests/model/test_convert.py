@@ -366,6 +366,19 @@ def test_a_text_encoder_becomes_one_file_with_its_tokenizer_and_without_the_deco
     assert load_tokenizer(open_checkpoint(again)).encode(prompt) == load_tokenizer(source).encode(prompt)
 
 
+@pytest.mark.parametrize("to", ["bf16", "q8_0"])
+def test_no_token_of_the_tokenizer_is_taken_for_the_hash(pony_folder: Path, tmp_path: Path, to: str) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(pony_folder / "text_encoder", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in ("#" * 64, "0" * 64):
+        tokenizer["model"]["vocab"][token] = len(tokenizer["model"]["vocab"])
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    target, _ = run(open_checkpoint(folder), tmp_path, to)
+    told = open_checkpoint(target).file.metadata
+    assert json.loads(told["tokenizer"]) == tokenizer and len(bytes.fromhex(told["source_sha256"])) == 32
+
+
 VAES = {
     "video_vae": "wan22_vae.safetensors",
     "video_decoder": "turbo_vae",
@@ -453,6 +466,14 @@ REFUSED = {
         ["wan22_vae.safetensors", "wan22_vae.safetensors", "--to", "bf16", "--overwrite"],
         ["wan22_vae.safetensors is the source itself; give another name"],
     ),
+    "a new file in the source folder": (
+        ["shards/distill", "shards/distill/x.gguf", "--to", "q8_0"],
+        ["x.gguf lies in the source folder", "distill, whose files must stay as they are; choose another"],
+    ),
+    "a file of the source folder": (
+        ["shards/distill", "shards/distill/model.safetensors", "--to", "fp8", "--overwrite"],
+        ["model.safetensors lies in the source folder", "distill, whose files must stay", "choose another"],
+    ),
     "no known part": (
         ["foreign.safetensors", "x.gguf", "--to", "q8_0"],
         ["foreign.safetensors holds 1 tensors of no known part (a.b"],
@@ -488,6 +509,8 @@ REFUSED = {
     "no tokenizer": (["bare", "x.gguf", "--to", "q4_0"], ["tokenizer.json does not exist", "put the text"]),
 }
 
+HARMFUL = ("the source itself", "a new file in the source folder", "a file of the source folder")
+
 
 @pytest.fixture(scope="module")
 def sources(pony_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -495,6 +518,7 @@ def sources(pony_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("sources")
     for name in ("distill", "text_encoder", "wan22_vae.safetensors"):
         (folder / name).symlink_to(pony_folder / name)
+    shutil.copytree(pony_folder / "distill", folder / "shards" / "distill")
     save_file({"a.b": torch.ones(3)}, folder / "foreign.safetensors")
     (folder / "bare").mkdir()
     shutil.copy(pony_folder / "text_encoder" / "model.safetensors", folder / "bare")
@@ -518,10 +542,12 @@ def test_what_cannot_be_converted_is_refused_in_a_sentence_and_leaves_nothing(
     (tmp_path / "there.gguf").write_bytes(b"old")
     before = sorted(tmp_path.iterdir())
     (source, *options), words = REFUSED[case]
-    target = sources / options[0] if case == "the source itself" else tmp_path / options[0]
+    target = (sources if case in HARMFUL else tmp_path) / options[0]
+    harmed = target.read_bytes() if target.is_file() else None
     Outcome(sources / source, target, *options[1:]).assert_refused(*words)
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "there.gguf").read_bytes() == b"old"
-    assert not list(sources.glob(".*"))
+    assert not list(sources.glob("**/.*"))
+    assert (target.read_bytes() if target.is_file() else None) == harmed
 
 
 def test_overwrite_replaces_the_file(sources: Path, tmp_path: Path) -> None:
@@ -570,6 +596,20 @@ def test_ctrl_c_leaves_nothing(sources: Path, tmp_path: Path, monkeypatch: pytes
     outcome = Outcome(sources / "distill", tmp_path / "a.gguf", "--to", "q8_0")
     assert outcome.code == 130 and outcome.sentence == "happyhorse: interrupted; no file was written"
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_checking_tells_that_the_file_is_whole(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_module, "_velocity", interrupt)
+    target = tmp_path / "a.gguf"
+    outcome = Outcome(sources / "distill", target, "--to", "q8_0", "--check")
+    words = f"{target} is written and whole, only its check was not finished"
+    assert outcome.code == 130 and outcome.sentence == f"happyhorse: interrupted; {words}"
+    load(open_checkpoint(target), torch.bfloat16)
 
 
 def _convert_until(

@@ -99,8 +99,12 @@ def scaled(state: State, name: str, scale: Tensor, stored: torch.dtype) -> Tenso
     return (wide.round() if stored == torch.int8 else wide).to(stored)
 
 
+def json_note(note: object) -> Tensor:
+    return torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
+
+
 def comfy_note(format: str) -> Tensor:
-    return torch.tensor(list(json.dumps({"format": format}).encode()), dtype=torch.uint8)
+    return json_note({"format": format})
 
 
 NAMINGS: dict[str, Callable[[str], str]] = {
@@ -309,6 +313,13 @@ def test_rows_of_a_quantised_table_are_its_rows() -> None:
     assert torch.equal(table.rows(index, torch.float32), table.dequantize(torch.float32)[index])
 
 
+def test_rows_of_a_table_that_is_stored_flat_are_its_rows() -> None:
+    table = quantize(torch.randn(64, 48), "Q8_0")
+    index = torch.tensor([[3, 63, 3], [0, 7, 1]])
+    assert table.data.ndim == 1
+    assert torch.equal(table.rows(index, torch.float32), table.dequantize(torch.float32)[index])
+
+
 # Bad input
 
 NAME = "block.layers.1.mlp.down_proj.weight"
@@ -330,6 +341,14 @@ def files(tmp_path: Path, state: State) -> State:
         ({SCALE: torch.tensor(float("nan"))}, rf"{SCALE} must be positive and finite, and is not"),
         ({SCALE: torch.tensor(0.0)}, rf"{SCALE} must be positive and finite, and is not"),
         ({NAME: torch.zeros(160, 424, dtype=torch.int8), SCALE: None}, r"stored in int8, but its scale"),
+        ({SCALE: torch.ones(160, dtype=torch.int32)}, rf"{SCALE} must hold floating"),
+        ({SCALE: torch.tensor(1e38)}, rf"{NAME} of the distill transformer holds NaN or infinite"),
+        ({SCALE.replace("weight_scale", "scale_weight"): torch.tensor(1.0)}, rf"{NAME} has two scales"),
+        (
+            {NAME.replace("weight", "comfy_quant"): json_note({"format": "float8_e4m3fn", "params": [1]}),
+             SCALE: torch.tensor(0.0)},
+            rf"{SCALE} must be positive",
+        ),
         (
             {NAME.replace("weight", "comfy_quant"): comfy_note("nvfp4")},
             rf"{NAME} is quantised as 'nvfp4', which is not read here; accepted are float8_e4m3fn",

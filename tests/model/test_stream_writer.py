@@ -1,6 +1,7 @@
 """Files written one tensor at a time: what other readers make of them, and what stays when that fails."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import signal
@@ -15,7 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from happyhorse.model import stream_writer
-from happyhorse.model.stream_writer import DTYPE_NAMES, Entry, GgufStreamWriter, SafetensorsWriter
+from happyhorse.model.stream_writer import (
+    DTYPE_NAMES,
+    Entry,
+    GgufStreamWriter,
+    SafetensorsWriter,
+    check_target,
+)
 
 STATE = {
     "odd": torch.arange(3, dtype=torch.uint8),
@@ -243,3 +250,88 @@ def test_what_a_killed_run_leaves_is_removed_and_a_live_run_is_not_disturbed(tmp
         live.join()
     write_all(path, {"a": STATE["norm"]})
     assert sorted(file.name for file in tmp_path.iterdir()) == [other.name, path.name]
+
+
+def failing_lock(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    if stream_writer.fcntl is None:
+        pytest.skip("there are no such locks here")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(stream_writer.fcntl, "flock", fail)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_written_to_and_a_live_run_is_not_disturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    failing_lock(monkeypatch, OSError(number, "no locks"))
+    path = tmp_path / "a"
+    with SafetensorsWriter(path, [("a", "F32", (7,))]) as live:
+        write_all(path, {"a": STATE["norm"] + 1})
+        live.write("a", STATE["norm"])
+    assert torch.equal(load_file(path)["a"], STATE["norm"]) and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])
+def test_a_lock_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    failing_lock(monkeypatch, error)
+    with pytest.raises(type(error)) as caught:
+        write_all(tmp_path / "a", {"a": STATE["norm"]})
+    assert not list(tmp_path.iterdir())
+    if isinstance(error, OSError):
+        assert "the file could not be written: broken" in str(caught.value)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder of shards, the second of them a link to a file elsewhere, and one file beside it."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for file in (folder / "1.safetensors", tmp_path / "blob", tmp_path / "single.safetensors"):
+        file.touch()
+    (folder / "2.safetensors").symlink_to(tmp_path / "blob")
+    (tmp_path / "link").symlink_to(folder)
+    return folder
+
+
+TARGETS = {
+    "shards/1.safetensors": "lies in the source folder .*shards, .*; choose another folder",
+    "shards/2.safetensors": "lies in the source folder .*; choose another folder",
+    "shards/new.gguf": "lies in the source folder .*; choose another folder",
+    "shards/deep/new.gguf": "lies in the source folder .*; choose another folder",
+    "link/new.gguf": "lies in the source folder .*; choose another folder",
+    "shards/../shards/new.gguf": "lies in the source folder .*; choose another folder",
+    "blob": "blob is a file of the source .*shards; choose another folder",
+    "single.safetensors": "is the source itself; give another name",
+    "link/../single.safetensors": "is the source itself; give another name",
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_a_target_that_would_harm_its_sources_is_refused(
+    tmp_path: Path, shards: Path, target: str, overwrite: bool
+) -> None:
+    with pytest.raises(ValueError, match=TARGETS[target]):
+        check_target(tmp_path / target, [tmp_path / "single.safetensors", shards], overwrite)
+
+
+def test_a_target_beside_its_sources_is_accepted_and_replaced_only_when_asked(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = [Path("single.safetensors"), Path("shards"), Path("absent")]
+    for new in ("new.gguf", "shards2.gguf"):
+        check_target(Path(new), sources, overwrite=False)
+    Path("old.gguf").touch()
+    with pytest.raises(
+        ValueError, match=r"old\.gguf exists; give another name, or --overwrite to replace it"
+    ):
+        check_target(Path("old.gguf"), sources, overwrite=False)
+    check_target(Path("old.gguf"), sources, overwrite=True)
+    with pytest.raises(ValueError, match="lies in the source folder shards"):
+        check_target(shards / "new.gguf", sources, overwrite=True)

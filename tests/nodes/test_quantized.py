@@ -1,21 +1,27 @@
 """Quantised weights in the host: the same velocities as in the core, and patches that lose nothing."""
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
+import comfy.hooks
 import comfy.model_management
 import comfy.ops
+import comfy.sd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from happyhorse.model import operations as core
 from happyhorse.model.checkpoint import BLOCK_LINEAR, load, open_checkpoint
 from happyhorse.model.config import PONY
 from happyhorse.model.convert import convert
 from happyhorse.model.packing import Latents, PackedLayout
 from happyhorse.model.quant import quantize
 from happyhorse.nodes.model import load_model
+from happyhorse.nodes.text_encoder import load_clip
 
 CONFIG = PONY.transformers["distill"]
 KEY = "diffusion_model.block.layers.2.attention.linear_qkv.weight"
@@ -126,3 +132,87 @@ def test_fp8_of_one_scale_loads_into_the_hosts_own_layers(pony_folder: Path, tmp
     assert layer.quant_format == "float8_e4m3fn"
     plain = checkpoint.read(f"{name}.weight").dequantize(torch.float32)
     torch.testing.assert_close(layer.weight.dequantize(), plain, rtol=1e-6, atol=0)
+
+
+def test_what_is_held_survives_the_fetching_of_other_weights(
+    pony_folder: Path, quantized_pony: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = comfy.ops.cast_bias_weight
+    buffers = itertools.cycle(torch.empty(2, 2**22, dtype=torch.uint8))
+
+    def into_buffers(leaf: Any, *arguments: Any, **options: Any) -> Any:
+        """As the host fetches weights that are not on the device: into one of two buffers, in turn."""
+        weight, bias, stream = fetch(leaf, *arguments, **options)
+        if isinstance(weight, comfy.ops.QuantizedTensor) or weight.data_ptr() != leaf.weight.data_ptr():
+            return weight, bias, stream
+        copy = next(buffers)[: weight.nbytes].view(weight.dtype).view(weight.shape)
+        return copy.copy_(weight), bias, stream
+
+    for path, dtype in ((pony_folder / "distill", "bfloat16"), (quantized_pony, "default")):
+        patcher = load_model(path, None, dtype)
+        want = host_velocity(patcher)
+        with monkeypatch.context() as patch:
+            patch.setattr(comfy.ops, "cast_bias_weight", into_buffers)
+            assert torch.equal(host_velocity(patcher), want)
+
+
+def test_nothing_stays_held_when_a_weight_cannot_be_made_ready(
+    quantized_pony: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patcher, closed = load_model(quantized_pony, None, "default"), []
+    context = comfy.ops.CastBiasWeightContext
+    leave = context.__exit__
+    monkeypatch.setattr(context, "__exit__", lambda *given: (closed.append(1), leave(*given))[1])
+
+    def no_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "ready", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            host_velocity(patcher)
+    assert closed
+    leaves = [m for m in patcher.model.diffusion_model.modules() if hasattr(m, "held_weight")]
+    assert leaves and not any(leaf.held_weight for leaf in leaves)
+
+
+def test_quantised_models_are_not_saved_but_refused(
+    quantized_pony: Path, pony_folder: Path, tmp_path: Path
+) -> None:
+    patcher = load_model(quantized_pony, None, "default")
+    with pytest.raises(ValueError, match=r"model: quantised weights cannot be saved .* `happyhorse convert`"):
+        comfy.sd.save_checkpoint(str(tmp_path / "a.safetensors"), patcher)
+    convert(open_checkpoint(pony_folder / "text_encoder"), tmp_path / "encoder.gguf", "q8_0", "test")
+    with pytest.raises(ValueError, match=r"clip: quantised weights cannot be saved"):
+        load_clip(tmp_path / "encoder.gguf").get_sd()
+    assert load_clip(pony_folder / "text_encoder").get_sd()
+
+
+def test_hooks_on_quantised_weights_are_refused(quantized_pony: Path) -> None:
+    patcher = load_model(quantized_pony, None, "default")
+    with pytest.raises(ValueError, match=r"LoRA hooks change plain weights only"):
+        patcher.add_hook_patches(comfy.hooks.WeightHook(), {KEY: ("diff", (torch.ones(1),))})
+
+
+def test_a_clone_that_is_not_dynamic_still_patches_at_use(
+    quantized_pony: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patcher = load_model(quantized_pony, None, "default")
+    monkeypatch.setattr(type(patcher), "is_dynamic", lambda self: self is patcher)
+    clone = patcher.clone(disable_dynamic=True)
+    before = host_velocity(clone)
+    changed = clone.clone()
+    shape = patcher.model.diffusion_model.block.layers[2].attention.linear_qkv.weight.shape
+    changed.add_patches({KEY: ("diff", (0.01 * torch.randn(shape),))})
+    assert (host_velocity(changed) - before).norm() / before.norm() > 1e-2
+
+
+def test_merging_models_sees_the_patches_of_quantised_weights(quantized_pony: Path) -> None:
+    patcher = load_model(quantized_pony, None, "default")
+    shape = patcher.model.diffusion_model.block.layers[2].attention.linear_qkv.weight.shape
+    changed, merged = patcher.clone(), patcher.clone()
+    changed.add_patches({KEY: ("diff", (0.01 * torch.randn(shape),))})
+    for key, patches in changed.get_key_patches("diffusion_model.").items():
+        merged.add_patches({key: patches}, 1.0, 0.0)
+    want, got = host_velocity(changed), host_velocity(merged)
+    assert (got - want).norm() / want.norm() < 1e-5

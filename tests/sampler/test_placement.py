@@ -20,7 +20,14 @@ from happyhorse.model.transformer import JointTransformer
 from happyhorse.model.video_decoder import VideoDecoder
 from happyhorse.sampler.noise import FilmNoise
 from happyhorse.sampler.parts import Parts
-from happyhorse.sampler.placement import LayerStream, Placement, in_pieces, is_out_of_memory
+from happyhorse.sampler.placement import (
+    PAGE,
+    LayerStream,
+    Placement,
+    in_pieces,
+    is_out_of_memory,
+    page_ranges,
+)
 from happyhorse.sampler.stages import network_of
 
 CPU = torch.device("cpu")
@@ -271,3 +278,12 @@ def test_pieces_asked_for_stand_in_the_settings_and_streaming_changes_no_bit(gen
         code, got, settings = generate("pieces", "--size", "256x256", "--offload", "pieces")
     assert code == 0 and settings["in_pieces"] == ["transformer: on the device, pieces of 64 tokens"]
     assert 0 < relative_error(got["video"], want["video"]) < 1e-4
+
+
+def test_memory_is_locked_in_whole_pages_once() -> None:
+    memory = torch.empty(8 * PAGE, dtype=torch.uint8)
+    first = -memory.data_ptr() % PAGE  # where a page begins
+    at = memory.data_ptr() + first
+    parts = [memory[first + a : first + b] for a, b in ((10, 20), (20, PAGE + 5), (3 * PAGE + 1, 4 * PAGE))]
+    assert page_ranges(reversed(parts)) == [(at, at + 2 * PAGE), (at + 3 * PAGE, at + 4 * PAGE)]
+    assert page_ranges([]) == []

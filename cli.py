@@ -32,7 +32,7 @@ from .model.geometry import (
     audio_latents,
     super_resolution_size,
 )
-from .model.lora import LoraPatch, patches
+from .model.lora import LoraPatch, bytes_at_use, patches
 from .model.lora_formats import open_lora
 from .model.weight_files import write_tensors
 from .options import compute_dtype, default_device, models_folder, parser, sentence
@@ -99,10 +99,11 @@ def _generate(options: argparse.Namespace) -> None:
     device = options.device or default_device()
     dtype = compute_dtype(options, device)
     attend = attention_backend(options.attention, device, dtype)
+    beside = bytes_at_use(changes, checkpoints["transformer"].quantized)
 
     def plan(shape: FilmShape, large: FilmShape | None) -> Plan:
         needed = {role: part for role, part in checkpoints.items() if large or role != "super_resolution"}
-        return plan_film(needed, shape, large, dtype, default_vae_dtype(dtype, device), device)
+        return plan_film(needed, shape, large, dtype, default_vae_dtype(dtype, device), device, beside)
 
     smaller = _smaller(request, options.sr, preset, plan)
     room = room_on(device, options.vram, options.ram)

@@ -164,6 +164,17 @@ class LoraPatch:
         return replace(self, change=self.change.to(device))
 
 
+def bytes_at_use(patches: Mapping[str, Sequence[LoraPatch]], quantized: Collection[str]) -> int:
+    """Bytes that patches of quantised weights take while a film is made: their factors and one slice of work.
+
+    Those of other weights are merged before.
+    """
+    held = [patch.change for own in quantized for patch in patches.get(own, ())]
+    factors = sum(tensor.nbytes for change in held for tensor in change.tensors)
+    columns = max((change.factors[-1].shape[-1] for change in held), default=0)
+    return factors + 2 * 4 * SLICE_ROWS * columns
+
+
 def _add(
     part: Tensor, change: Change, rows: tuple[int, int], strength: float, column_norms: Tensor | None
 ) -> None:

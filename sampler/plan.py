@@ -288,16 +288,20 @@ def plan_film(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     device: torch.device,
+    patches: int = 0,
 ) -> Plan:
     """The plan of a film of `shape`, and of `large` after super-resolution.
 
-    `parts` holds the opened checkpoints by role, as `parts.needed_parts` names them.
+    `parts` holds the opened checkpoints by role, as `parts.needed_parts` names them; `patches` is the bytes
+    that those of the first transformer take beside it.
     """
     shapes = {"transformer": shape, "audio_vae": shape}
-    return Plan(tuple(
+    stages = (
         _stage(role, part, shapes.get(role, large or shape), part_dtype(part.part, dtype, vae_dtype), device)
         for role, part in parts.items()
-    ), device)  # fmt: skip
+    )
+    beside = {"transformer": patches}
+    return Plan(tuple(replace(s, rest=s.rest + beside.get(s.role, 0)) for s in stages), device)
 
 
 def _stage(role: str, part: SizedPart, shape: FilmShape, dtype: torch.dtype, device: torch.device) -> Stage:

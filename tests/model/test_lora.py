@@ -13,8 +13,18 @@ from torch import Tensor
 from happyhorse.model.checkpoint import load, open_checkpoint
 from happyhorse.model.config import PONY
 from happyhorse.model.convert import convert, suffix_of
-from happyhorse.model.lora import LoraPatch, Strengths, match, parse_blocks, patches, transformer_shapes
-from happyhorse.model.lora_formats import open_lora
+from happyhorse.model.lora import (
+    SLICE_ROWS,
+    LoraPatch,
+    Rows,
+    Strengths,
+    bytes_at_use,
+    match,
+    parse_blocks,
+    patches,
+    transformer_shapes,
+)
+from happyhorse.model.lora_formats import Change, open_lora
 from happyhorse.model.quant import quantize
 from happyhorse.model.stream_writer import GgufStreamWriter
 
@@ -510,3 +520,10 @@ def test_settings_that_cannot_be_read_are_an_error(settings: str, tmp_path: Path
     path = save(tmp_path, plain(SHARED), lora_adapter_metadata=settings)
     with pytest.raises(ValueError, match="its settings of the LoRA cannot be used"):
         open_lora(path)
+
+
+def test_what_patches_take_at_use_is_counted() -> None:
+    change = Change("lora", (torch.ones(24, 2), torch.ones(2, 16)))
+    given = {"a": [LoraPatch(change, ((Rows(0, 24),),))], "b": [LoraPatch(change, ((Rows(0, 24),),))]}
+    assert bytes_at_use(given, {"a", "c"}) == 4 * (24 * 2 + 2 * 16) + 2 * 4 * SLICE_ROWS * 16
+    assert bytes_at_use(given, {}) == bytes_at_use({}, {"a"}) == 0

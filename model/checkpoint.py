@@ -38,6 +38,7 @@ from .video_vae import VideoVAE
 from .weight_files import WeightFile, open_weights
 
 RENEW_CONFIG = "correct it, or download the file again"
+LORA_TENSOR = re.compile(r"\.(lora_(A|B|up|down)|hada_w1_a|lokr_w1(_a)?|diff)(\.|$)")
 LAYER = re.compile(r"(?:block\.)?layers\.(\d+)\.")
 BLOCK_LINEAR = re.compile(r"^block\..*\.(linear_qkv|linear_proj|up_gate_proj|down_proj)\.weight$")
 # the weights that stay as they are stored where a file has them quantised; others are few and small
@@ -154,6 +155,11 @@ def open_checkpoint(path: Path, part: str | None = None, variant: str | None = N
     quantized, beside = find_quantized(file)
     listed = [name for name in (*file.tensors, *file.absent) if name not in beside]
     found = part if part and KEY_MAPS[part].prefix(listed) is not None else recognise(listed)
+    if found is None and any(LORA_TENSOR.search(name) for name in listed):
+        raise ValueError(
+            f"{path} is a LoRA, not a checkpoint; give it to --lora or HappyHorse Load LoRA, or look into it "
+            "with `happyhorse lora inspect`"
+        )
     if found is None or part not in (None, found):
         first = f" ({', '.join(listed[:3])}, ...)" if listed else ""
         holds = f"the {_words(found)}" if found else f"{len(listed)} tensors of no known part{first}"
@@ -379,7 +385,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     beside = folder / "tokenizer.json"
     if not beside.exists():
-        raise FileNotFoundError(f"{beside} does not exist; put the text encoder's tokenizer.json there")
+        raise FileNotFoundError(
+            f"{beside} does not exist; put the tokenizer.json of google/t5gemma-9b-9b-ul2 there, best with "
+            "the encoder in a folder of its own"
+        )
     return Tokenizer.from_file(beside)
 
 
@@ -394,6 +403,11 @@ def describe(path: Path) -> str:
         verdict = "complete"
     except ValueError as error:
         verdict = str(error)
+    if checkpoint.part == "text_encoder" and verdict == "complete":
+        try:
+            load_tokenizer(checkpoint)
+        except (ValueError, FileNotFoundError) as error:
+            verdict += f", but without a tokenizer: {error}"
     dtypes = ", ".join(sorted(checkpoint.dtypes))
     size = f"{checkpoint.parameters:,} parameters in {len(checkpoint.names)} tensors"
     return f"{path}: {checkpoint.label}, {dtypes}, {size}, {verdict}"

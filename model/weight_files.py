@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+LARGEST_POINTER = 1024  # bytes of a file that Git LFS puts in place of a large one
 ACCEPTED = (
     "a .safetensors or .gguf file, a folder of shards with model.safetensors.index.json, "
     "or a .pth/.ckpt of tensors"
@@ -143,6 +144,8 @@ def _safe_open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
+        if file.stat().st_size < LARGEST_POINTER and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} only points to the real file; fetch that with: git lfs pull") from error
         raise ValueError(
             f"{file} is damaged or not a safetensors file ({error}); download it again"
         ) from error

@@ -315,6 +315,11 @@ def only_the_first(state: State, header: Header) -> None:  # noqa: ARG001
         del state[name]
 
 
+def only_a_lora(state: State, header: Header) -> None:  # noqa: ARG001
+    state.clear()
+    state["diffusion_model.block.layers.0.mlp.down_proj.lora_A.weight"] = torch.ones(2, 8)
+
+
 def without_feed_forward(state: State, header: Header) -> None:  # noqa: ARG001
     for name in [name for name in state if ".mlp." in name]:
         del state[name]
@@ -338,6 +343,9 @@ CHECKPOINTS: dict[str, tuple[str, Make, list[str]]] = {
     "without its beginning": ("--model", cut(9, None), DAMAGED),
     "text": ("--model", file(CUT, b"weights\n" * 9), DAMAGED),
     "another format": ("--model", file("a.onnx", b"ONNX"), ["a.onnx is not a checkpoint", "; give a .saf"]),
+    "a Git LFS pointer": ("--model", file("distill.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+                          ["distill.safetensors only points to the real file", "git lfs pull"]),
+    "a LoRA": ("--model", changed(only_a_lora), ["is a LoRA, not a checkpoint; give it to --lora"]),
     "half a GGUF": ("--model", file("a.gguf", b"GGUF"), ["a.gguf ends in the middle of its header"]),
     "a web page": ("--vae", file("vae.pth", b"<html>"), ["vae.pth holds more than tensors, or is damaged"]),
     "an empty pickle": ("--vae", file("vae.pth", b""), NO_PICKLE),
@@ -419,7 +427,7 @@ def test_code_in_a_checkpoint_is_not_run(generate: Generate, tmp_path: Path, pac
 
 NOT_ONE = ["tokenizer.json is not a tokenizer.json", "give the one of the text encoder"]
 TOKENIZERS = {
-    "missing": (None, ["tokenizer.json does not exist", "put the text encoder's tokenizer.json there"]),
+    "missing": (None, ["tokenizer.json does not exist", "put the tokenizer.json of google/t5gemma"]),
     "empty": (b"", NOT_ONE),
     "of another format": (b'{"model": 1}', NOT_ONE),
     "not text": (b"\xff\xfe\x00", ["cannot read the tokenizer", "give the tokenizer.json of the text"]),

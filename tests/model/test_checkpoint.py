@@ -657,3 +657,10 @@ def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match=r"could not be written: no space left on device.*latents\.safetensors"):
         write_tensors(path, {"video": torch.zeros(1)})
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
+def test_a_text_encoder_is_described_with_what_it_lacks(pony_folder: Path, tmp_path: Path) -> None:
+    assert describe(pony_folder / "text_encoder").endswith("complete")
+    file = tmp_path / "encoder.safetensors"
+    file.write_bytes((pony_folder / "text_encoder" / "model.safetensors").read_bytes())
+    assert "complete, but without a tokenizer: " in describe(file)

@@ -47,7 +47,9 @@ log = logging.getLogger("happyhorse")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 2 for input that cannot be used, 130 when interrupted."""
+    """Run one command and return the exit code: 0, 1 for a film that `doctor` says does not fit, 2 for input
+    that cannot be used, 130 when interrupted.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("gguf").setLevel(logging.WARNING)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default
@@ -55,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser(_generate, _inspect, doctor, _convert, _lora).parse_args(arguments)
         with torch.inference_mode():
-            options.run(options)
+            code = options.run(options) or 0
         sys.stdout.flush()  # here, so that the end of `| head` is noticed here
+        return code
     except KeyboardInterrupt as interrupt:
         what = "film" if options is None or options.command == "generate" else "file"
         sys.stderr.write(f"\nhappyhorse: interrupted; {str(interrupt) or f'no {what} was written'}\n")
@@ -89,6 +92,9 @@ def _open_parts(options: argparse.Namespace, folder: Path) -> dict[str, Checkpoi
 def _generate(options: argparse.Namespace) -> None:
     preset = PRESETS[options.preset]
     request = _request(options, preset)
+    device = options.device or default_device()
+    if options.vram is not None and device.type == "cpu":
+        raise ValueError("--vram: the device is a CPU, which has no VRAM; limit its memory with --ram")
     _check_output(options.out, ".mp4")
     if options.save_latents:
         _check_output(options.save_latents, ".safetensors")
@@ -96,7 +102,6 @@ def _generate(options: argparse.Namespace) -> None:
         _check_output(options.save_workflow, ".json")
     checkpoints = _open_parts(options, models_folder(options))
     changes = _patches(options, checkpoints["transformer"])
-    device = options.device or default_device()
     dtype = compute_dtype(options, device)
     attend = attention_backend(options.attention, device, dtype)
     beside = bytes_at_use(changes, checkpoints["transformer"].quantized)
@@ -118,8 +123,9 @@ def _generate(options: argparse.Namespace) -> None:
             checkpoints, device, placements, dtype, default_vae_dtype(dtype, device), bars.progress,
             patches=changes, attend=attend, compiled=options.compile,
         )  # fmt: skip
+        why = "works in pieces" if options.offload == "pieces" else "memory is short"
         for words in parts.chunked():
-            bars.notice(f"memory is short: {words} (rounding differs from a film made at once)")
+            bars.notice(f"{why}: {words} (rounding differs from a film made at once)")
         film = generate(parts, request, bars.progress, bars.notice)
         if options.save_latents:
             write_tensors(options.save_latents, film.latents._asdict())

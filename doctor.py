@@ -77,8 +77,8 @@ class PublishedPart:
         return Stored(kind, "scale")
 
 
-def doctor(options: argparse.Namespace) -> None:
-    """Write it all to standard output."""
+def doctor(options: argparse.Namespace) -> int:
+    """Write it all to standard output; returns the exit code, 1 where the film asked for does not fit."""
     device = _planned_device(options)
     room = room_on(device, options.vram, options.ram)
     lines = [f"happyhorse {__version__}, Python {platform.python_version()}, {platform.platform()}"]
@@ -88,8 +88,12 @@ def doctor(options: argparse.Namespace) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
     found = _found_parts(options, models_folder(options))
     films = Films(options, found, device)
-    lines = film_plan(films, options.size, room, options.offload) if options.size else _all_sizes(films)
+    if not options.size:
+        sys.stdout.write("\n".join(_all_sizes(films)) + "\n")
+        return 0
+    lines, fits = film_plan(films, options.size, room, options.offload)
     sys.stdout.write("\n".join(lines) + "\n")
+    return 0 if fits else 1
 
 
 def _planned_device(options: argparse.Namespace) -> torch.device:
@@ -104,14 +108,22 @@ def part_path(options: argparse.Namespace, name: str, folder: Path) -> Path:
 
 
 def _found_parts(options: argparse.Namespace, folder: Path) -> dict[str, SizedPart]:
-    found = {}
-    for name in catalog.SOURCES:
+    found, lines, absent = {}, [], 0
+    for name, source in catalog.SOURCES.items():
         try:
             path = part_path(options, name, folder)
+        except FileNotFoundError:  # which lists the patterns of names too
+            absent += 1
+            lines.append(f"{name}: none in {folder}; it is published as {source.origin}")
+            continue
+        try:
             found[name] = open_part(name, path)
-            sys.stdout.write(f"{name}: {path}\n")
+            lines.append(f"{name}: {path}")
         except (ValueError, OSError) as error:
-            sys.stdout.write(f"{name}: {sentence(error)}\n")
+            lines.append(f"{name}: {sentence(error)}")
+    if options.size and absent == len(catalog.SOURCES):
+        lines = [f"no files in {folder}: published sizes are taken"]
+    sys.stdout.write("\n".join(lines) + "\n")
     return found
 
 
@@ -125,6 +137,7 @@ class Films:
         self.preset, self.weights = PRESETS[options.preset], options.weights
         self.decoder = options.decoder
         self.seconds = options.seconds or self.preset.default_seconds
+        self.seconds_asked = options.seconds is not None
         self.dtype = compute_dtype(options, device)
         self._published: dict[tuple[str, str], PublishedPart] = {}
 
@@ -162,45 +175,61 @@ class Films:
         return size, None
 
 
-def film_plan(films: Films, asked: str | tuple[int, int], room: Room, offload: str) -> Iterator[str]:
-    """The plan of one film as lines: a table, whether it fits, and otherwise what would."""
+def film_plan(films: Films, asked: str | tuple[int, int], room: Room, offload: str) -> tuple[list[str], bool]:
+    """The plan of one film as lines: a table, whether it fits, and otherwise what would; and if it fits."""
     size, sr = films.asked(asked)
     shape, large = films.shapes(size, sr)
     plan, final = films.plan(size, sr), large or shape
     tokens = final.video_tokens + final.audio_latents + TEXT_TOKENS
     kind = f"{final.width}x{final.height}" + (f" from {size[0]}x{size[1]}" if sr else "")
-    yield (f"\n{kind}, {films.seconds:g} s ({tokens} tokens), {VARIANT}, {films.decoder} decoder, "
-           f"{_dtype_name(films)}: GB, computed, not measured")  # fmt: skip
+    lines = [
+        f"\n{kind}, {films.seconds:g} s ({tokens} tokens), {VARIANT}, {films.decoder} decoder, "
+        f"{_dtype_name(films)}: GB, computed, not measured"
+    ]
     if films.weights:
-        yield f"published sizes, transformers and text encoder as {films.weights}"
+        lines.append(f"published sizes, transformers and text encoder as {films.weights}")
     elif missing := films.missing(sr):
-        yield f"published sizes, not quantised, instead of what was not found: {', '.join(missing)}"
-    placements, fits = plan.place(offload, room), True
-    if placements is None:
-        placements, fits = plan.closest(offload, room), False
-    yield from table(plan, placements, room)
+        instead = f" instead of what was not found: {', '.join(missing)}" if films.found else ""
+        lines.append(f"published sizes, not quantised{',' if instead else ''}{instead}")
+    placements = plan.place(offload, room)
+    fits = placements is not None
+    lines += table(plan, placements or plan.closest(offload, room), room)
     if fits:
-        yield f"fits: --offload {offload} does this"
-        return
-    cures = list(_cures(films, asked, room, offload))
-    yield f"does not fit; what would: {' or '.join(cures) if cures else 'nothing smaller'}"
+        lines.append(f"fits: --offload {offload} does this")
+    elif cures := list(_cures(films, asked, room, offload)):
+        lines.append(f"does not fit; what would: {' or '.join(words for words, _ in cures)}")
+        if formats := list(dict.fromkeys(weights for _, weights in cures if weights)):
+            lines.append(
+                f"files in {' or '.join(formats)}: happyhorse convert SOURCE OUT --to {formats[0]}, for each "
+                f"transformer and the text encoder"
+            )
+        if any("--size" in words for words, _ in cures):
+            lines.append("in generate: --sr 540p for 540p, no --sr for 256p")
+    else:
+        lines.append("does not fit, nor does anything smaller")
+    return lines, fits
 
 
-def _cures(films: Films, asked: str | tuple[int, int], room: Room, offload: str) -> Iterator[str]:
-    """What to ask for instead, nearest first."""
+def _cures(
+    films: Films, asked: str | tuple[int, int], room: Room, offload: str
+) -> Iterator[tuple[str, str | None]]:
+    """What to ask for instead, nearest first, with the weight format that files must be converted to."""
     if offload != "auto" and films.plan(*films.asked(asked)).place("auto", room):
-        yield "--offload auto"
+        yield "--offload auto", None
     names = list(NAMED_SIZES)
     smaller = names[: names.index(asked)][::-1] if isinstance(asked, str) else names[:1]
-    for index, size in enumerate((asked, *smaller)):
+    kept = f" --seconds {films.seconds:g}" if films.seconds_asked else ""
+    kept += f" --offload {offload}" if offload != "auto" else ""
+    for size in (asked, *smaller):
         for weights in (films.weights, *(name for name in FORMATS if name not in (films.weights, "bf16"))):
-            if (index or weights != films.weights) and films.plan(*films.asked(size), weights).place(
-                offload, room
-            ):
-                words = [f"--size {size}"] * bool(index) + [f"--weights {weights}"] * (
-                    weights != films.weights
+            if (size, weights) == (asked, films.weights):
+                continue
+            if films.plan(*films.asked(size), weights).place(offload, room):
+                converted = None if weights == "bf16" else weights
+                words = [f"--size {size}{kept}"] * (size != asked) + [f"files in {converted}"] * bool(
+                    converted
                 )
-                yield " ".join(words)
+                yield " with ".join(words), converted
                 break
 
 

@@ -1,6 +1,7 @@
 """`happyhorse lora`: what LoRA files are, and what is made of them."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from .model.lora_formats import LoraFile, open_lora
 from .model.lora_report import describe_lora, describe_match
 from .model.lora_tools import convert_lora, extract_lora, merge_loras
 from .model.stream_writer import check_target
+from .options import sentence
 
 Progress = Callable[[str, int, int], None]
 PROGRAM = f"happyhorse {__version__}"
@@ -27,29 +29,42 @@ def run_lora(options: argparse.Namespace, progress: Progress) -> str:
 
 
 def _inspect(options: argparse.Namespace, progress: Progress) -> str:  # noqa: ARG001
-    config = _config(options)
-    return "\n\n".join(_inspected(open_lora(path), config, options.preset) for path in options.files)
+    """Tell of every file that is a LoRA; then raise ValueError where one is none or does not fit."""
+    config, told, failures = _config(options), [], []
+    for path in options.files:
+        try:
+            lora = open_lora(path)
+            described, header = describe_lora(lora), _header(lora)
+        except (ValueError, OSError) as error:
+            failures.append(sentence(error))
+            continue
+        try:
+            fit = describe_match(match(lora, config, transformer_shapes(config)), config)
+        except ValueError as error:
+            failures.append(sentence(error))
+            fit = "does not fit"
+        told.append(f"{described}\n{options.preset}: {fit}\n{header}")
+    report = "\n\n".join(told)
+    if failures:
+        sys.stdout.write(f"{report}\n" if told else "")
+        raise ValueError("; ".join(failures))
+    return report
 
 
-def _inspected(lora: LoraFile, config: TransformerConfig, preset: str) -> str:
-    try:
-        fit = describe_match(lora, match(lora, config, transformer_shapes(config)), config)
-    except ValueError as error:
-        fit = str(error)
+def _header(lora: LoraFile) -> str:
     settings = [
         f"  {name}: {value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + '...'}"
         for name, value in sorted(lora.file.metadata.items())
     ]
     more = settings[SHOWN_SETTINGS:]
     settings = [*settings[:SHOWN_SETTINGS], *([f"  and {len(more)} more"] if more else [])]
-    header = ["in its header:", *settings] if settings else ["nothing in its header"]
-    return "\n".join([describe_lora(lora), f"{preset}: {fit}", *header])
+    return "\n".join(["metadata:", *settings]) if settings else "no metadata"
 
 
 def _convert(options: argparse.Namespace, progress: Progress) -> str:  # noqa: ARG001
     check_target(options.out, [options.source], options.overwrite)
     lora, config = open_lora(options.source), _config(options)
-    return f"{describe_match(lora, convert_lora(lora, options.out, config), config)}\n{_size(options.out)}"
+    return f"{describe_match(convert_lora(lora, options.out, config), config)}\n{_size(options.out)}"
 
 
 def _extract(options: argparse.Namespace, progress: Progress) -> str:
@@ -57,7 +72,7 @@ def _extract(options: argparse.Namespace, progress: Progress) -> str:
     tuned, base = _open(options.tuned), _open(options.base)
     told = partial(progress, "extracting")
     errors = extract_lora(tuned, base, options.out, options.rank, PROGRAM, told)
-    lines = [f"{kind}: error {100 * error:.3g} %" for kind, error in errors.items()]
+    lines = [f"{kind}: error of the difference {100 * error:.3g} %" for kind, error in errors.items()]
     return "\n".join([*lines, _size(options.out)])
 
 

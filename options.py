@@ -21,7 +21,7 @@ from .sampler.guidance import DEFAULT_NEGATIVE_PROMPT
 from .sampler.pipeline import AUDIO_MODES
 from .sampler.placement import OFFLOADS
 
-Command = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.Namespace], int | None]  # its exit code, None is 0
 LORA_STRENGTHS = (*MODALITIES, "shared")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PART_OPTIONS = {
@@ -186,7 +186,14 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _planned_size(text: str) -> str | tuple[int, int]:
-    return text if text in ("256p", "540p", "1080p") else _size(text)
+    if text in ("256p", "540p", "1080p"):
+        return text
+    try:
+        return _size(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"must be 256p, 540p, 1080p or look like 448x256, got {text!r}"
+        ) from None
 
 
 def _gigabytes(text: str) -> float:

@@ -217,16 +217,19 @@ class Place:
 
 @dataclass(frozen=True)
 class Match:
-    """How a LoRA file fits a model: the adapters with their places, and the file's keys that fit nowhere."""
+    """How a LoRA file fits a model: the adapters with their places, how many the file has in all, and its
+    keys that fit nowhere.
+    """
 
     places: tuple[tuple[Adapter, Place], ...]
+    total: int
     unmatched: tuple[str, ...]
 
     def __str__(self) -> str:
         """In words: how much is used, and what is not."""
-        text = f"{len(self.places)} layers matched"
+        text = f"{len(self.places)} of {self.total} matched"
         if self.unmatched:
-            text += f", {len(self.unmatched)} keys not used: {_first(self.unmatched)}"
+            text += f", {counted(len(self.unmatched), 'key')} not used: {_first(self.unmatched)}"
         return text
 
 
@@ -256,13 +259,14 @@ def match(lora: LoraFile, config: TransformerConfig, shapes: Mapping[str, torch.
     if not places:
         own = [name.removesuffix(".weight") for name in shapes if LAYER.match(name)]
         raise ValueError(
-            f"{lora.path} does not fit this model: none of its {len(lora.adapters)} layers "
+            f"{lora.path} does not fit this model: none of its {counted(len(lora.adapters), 'layer')} "
             f"({_first([adapter.stem for adapter in lora.adapters])}) is one of the model's ({_first(own)}); "
             "use a LoRA made for this model"
         )
     for place, adapter in places.items():
         rows_of(lora, adapter, place, config, shapes)
-    return Match(tuple((adapter, place) for place, adapter in places.items()), tuple(unmatched))
+    found = tuple((adapter, place) for place, adapter in places.items())
+    return Match(found, len(lora.adapters), tuple(unmatched))
 
 
 def patches(
@@ -270,15 +274,15 @@ def patches(
 ) -> dict[str, list[LoraPatch]]:
     """The patches of some LoRAs by our name of the weight, in their order; without those of strength 0.
 
-    What of a file is not used is logged. Raises ValueError for files that do not fit, see `match`, and for
+    How much of each file is used is logged. Raises ValueError for files that do not fit, see `match`, and for
     NaN or infinite values.
     """
     found: dict[str, list[LoraPatch]] = {}
     for lora, strengths in loras:
         _check_layers(strengths, config)
         fitting = match(lora, config, shapes)
-        if fitting.unmatched:
-            log.warning("%s: %s", lora.path.name, fitting)
+        level = logging.WARNING if fitting.unmatched else logging.INFO
+        log.log(level, "%s: %s", lora.path.name, fitting)
         for adapter, place in fitting.places:
             groups = rows_of(lora, adapter, place, config, shapes, strengths)
             groups = tuple(group for group in groups if any(rows.strength for rows in group))
@@ -357,6 +361,11 @@ def modalities_of(name: str, config: TransformerConfig) -> tuple[int | None, tup
         layer = int(found[1])
         return layer, MODALITIES if layer in config.mm_layers else ("shared",)
     return None, (next((modality for modality in MODALITIES if modality in name), "shared"),)
+
+
+def counted(number: int, word: str) -> str:
+    """As `1 key` or `2 keys`."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _first(names: Collection[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from math import prod
 
 from .config import TransformerConfig
-from .lora import Match, modalities_of
+from .lora import Match, counted, modalities_of
 from .lora_formats import WORDS, LoraFile
 
 SHOWN = 5
@@ -23,12 +23,13 @@ def describe_lora(lora: LoraFile) -> str:
         f"rank {_some(map(str, sorted(ranks)))}" if ranks else "no rank",
         f"alpha {_some(sorted(alphas, key=float))}" if alphas else "no alpha",
         ", ".join(sorted({tensor.dtype for tensor in tensors})),
-        f"{sum(prod(tensor.shape) for tensor in tensors):,} values in {len(lora.file.tensors)} tensors",
+        f"{sum(prod(tensor.shape) for tensor in tensors):,} values in "
+        + counted(len(lora.file.tensors), "tensor"),
     ]
     return f"{lora.path.name}: {'; '.join(parts)}"
 
 
-def describe_match(lora: LoraFile, match: Match, config: TransformerConfig) -> str:
+def describe_match(match: Match, config: TransformerConfig) -> str:
     """Lines on how a file fits a model: which kinds of weights it changes, where, and what is not used."""
     names = [place.name.removesuffix(".weight") for _, place in match.places]
     kinds = Counter(name.rpartition(".")[2] if name.startswith("block.") else name for name in names)
@@ -38,13 +39,13 @@ def describe_match(lora: LoraFile, match: Match, config: TransformerConfig) -> s
         "one copy per modality" if len(modalities) > 1 else modalities[0] for _, modalities in owners
     )
     lines = [
-        f"{len(names)} of {len(lora.adapters)} matched: "
+        f"{len(names)} of {match.total} matched: "
         + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())),
-        f"layers {ranges(layers)}; "
+        f"{'layer' if len(layers) == 1 else 'layers'} {ranges(layers)}; "
         + ", ".join(f"{kind}: {count}" for kind, count in sorted(copies.items())),
     ]
     if match.unmatched:
-        lines.append(f"not used, {len(match.unmatched)} keys: {_some(match.unmatched)}")
+        lines.append(f"not used, {counted(len(match.unmatched), 'key')}: {_some(match.unmatched)}")
     return "\n".join(lines)
 
 

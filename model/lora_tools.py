@@ -13,7 +13,6 @@ from .config import TransformerConfig
 from .convert import FAMILY
 from .lora import Match, Place, Rows, Strengths, match, patches, rows_of, transformer_shapes
 from .lora_formats import LOHA, WORDS, Adapter, LoraFile
-from .quant import QuantizedWeight
 from .stream_writer import DTYPE_NAMES, Entry, SafetensorsWriter
 from .weight_files import write_tensors
 
@@ -127,31 +126,44 @@ def extract_lora(
 ) -> dict[str, float]:
     """Write the difference of two transformers as a LoRA of `rank`; all copies of a layer are one matrix.
 
-    One weight at a time is in memory. Vectors are written as differences. Returns the relative error, in the
-    Frobenius norm, by kind of weight. Raises ValueError for checkpoints that do not fit one another or do not
+    One weight at a time is in memory, as both are read twice: first for which weights differ, as only these
+    are written, vectors as differences. Returns the relative error, in the Frobenius norm, by kind of weight
+    that differs. Raises ValueError for checkpoints that are quantised, do not fit one another or do not
     differ, and OSError where the file cannot be written; then there is no new file.
     """
     shapes = transformer_shapes(tuned.config)
     for checkpoint in (tuned, base):
+        if checkpoint.quantized:
+            raise ValueError(
+                f"{checkpoint.path} is quantised, and the LoRA would hold what its weights lost by rounding; "
+                "extract from the dense file that it was made from"
+            )
         check_names(checkpoint, checkpoint.build().state_dict())
     if shapes != transformer_shapes(base.config):
         raise ValueError(
             f"{tuned.path} and {base.path} are transformers of different sizes; give two of one size"
         )
-    names = {name: shape for name, shape in shapes.items() if name not in NOT_WEIGHTS}
-    entries = [entry for name, shape in names.items() for entry in _extracted(name, shape, rank)]
+    names = [name for name in shapes if name not in NOT_WEIGHTS]
+    changed = []
+    for done, name in enumerate(names):
+        progress(done, 2 * len(names))
+        if _difference(tuned, base, name).any():
+            changed.append(name)
+    if not changed:
+        raise ValueError(f"{tuned.path} and {base.path} hold the same weights; give two that differ")
+    entries = [entry for name in changed for entry in _extracted(name, shapes[name], rank)]
     metadata = {
         "format": "pt", "family": FAMILY, "rank": str(rank), "tuned": tuned.path.resolve().name,
         "base": base.path.resolve().name, "recipe": f"{program}, lora extract --rank {rank}",
     }  # fmt: skip
     squares: dict[str, list[float]] = {}
     with SafetensorsWriter(target, entries, metadata) as file:
-        for done, (name, shape) in enumerate(names.items()):
-            progress(done, len(names))
-            delta = _values(tuned, name).to(torch.float32, copy=True).sub_(_values(base, name))
+        for done, name in enumerate(changed, 2 * len(names) - len(changed)):
+            progress(done, 2 * len(names))
+            delta = _difference(tuned, base, name)
             total = squares.setdefault(name.removesuffix(".weight").rpartition(".")[2], [0.0, 0.0])
             total[1] += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
-            written = _extracted(name, shape, rank)
+            written = _extracted(name, shapes[name], rank)
             if len(written) == 1:
                 file.write(written[0][0], delta)
                 continue
@@ -160,10 +172,8 @@ def extract_lora(
             total[0] += _remainder(delta, *factors)
             for (key, _, _), factor in zip(written, factors, strict=True):
                 file.write(key, factor)
-        if not any(size for _, size in squares.values()):
-            raise ValueError(f"{tuned.path} and {base.path} hold the same weights; give two that differ")
-        progress(len(names), len(names))
-    return {kind: math.sqrt(left / size) if size else 0.0 for kind, (left, size) in squares.items()}
+        progress(2 * len(names), 2 * len(names))
+    return {kind: math.sqrt(left / size) for kind, (left, size) in squares.items()}
 
 
 def _extracted(name: str, shape: torch.Size, rank: int) -> list[Entry]:
@@ -177,11 +187,11 @@ def _extracted(name: str, shape: torch.Size, rank: int) -> list[Entry]:
     ]
 
 
-def _values(checkpoint: Checkpoint, name: str) -> Tensor:
-    stored = checkpoint.read(name)
-    values = stored.dequantize(torch.float32) if isinstance(stored, QuantizedWeight) else stored
-    check_finite(values, name, checkpoint)
-    return values
+def _difference(tuned: Checkpoint, base: Checkpoint, name: str) -> Tensor:
+    values = [checkpoint.read(name) for checkpoint in (tuned, base)]
+    for checkpoint, tensor in zip((tuned, base), values, strict=True):
+        check_finite(tensor, name, checkpoint)
+    return values[0].to(torch.float32, copy=True).sub_(values[1])
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,13 @@ import comfy.model_patcher
 import folder_paths
 import torch
 from comfy.weight_adapter import WeightAdapterBase
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..model.lora import LoraPatch, Strengths, match, patches, transformer_shapes
+from ..model.lora import LoraPatch, Strengths, counted, match, patches, transformer_shapes
 from ..model.lora_formats import open_lora
 from ..model.lora_report import describe_lora, describe_match
+from .prompt import show
 from .sampler import family
 
 PREFIX = "diffusion_model."  # of the network's weights in a MODEL
@@ -48,14 +49,14 @@ def load_lora(
     """A MODEL with a LoRA, and a report; raises FileNotFoundError or ValueError, saying the cure."""
     config = family(model).config
     lora, shapes = open_lora(path), transformer_shapes(config)
-    report = "\n".join((describe_lora(lora), describe_match(lora, match(lora, config, shapes), config)))
+    report = "\n".join((describe_lora(lora), describe_match(match(lora, config, shapes), config)))
     changes = patches([(lora, strengths)], config, shapes)
     patched = model.clone()
     for name, found in changes.items():
         for patch in found:
             adapter = PatchAdapter({name}, (patch, patch.change.tensors))
             patched.add_patches({PREFIX + name: adapter})
-    return patched, f"{report}\nstrength {strengths}, {len(changes)} weights changed"
+    return patched, f"{report}\nstrength {strengths}, {counted(len(changes), 'weight')} changed"
 
 
 class HappyHorseLoraLoader(io.ComfyNode):
@@ -122,14 +123,9 @@ class HappyHorseLoraLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str | None, blocks: str | None = None) -> bool | str:
-        if lora_name is not None and (problem := _problem(lora_name)):
-            return problem
-        try:
-            Strengths(blocks=blocks or "")
-        except ValueError as error:
-            return str(error)
-        return True
+    def validate_inputs(cls, lora_name: str | None) -> bool | str:
+        # the host puts one answer on every input that is named here: the others speak for themselves later
+        return True if lora_name is None else _problem(lora_name) or True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
@@ -152,7 +148,9 @@ class HappyHorseLoraLoader(io.ComfyNode):
         if problem := _problem(lora_name):
             raise FileNotFoundError(problem)
         strengths = Strengths(strength, video, audio, text, shared, blocks)
-        return io.NodeOutput(*load_lora(model, _locate(lora_name), strengths))
+        patched, report = load_lora(model, _locate(lora_name), strengths)
+        show(report)
+        return io.NodeOutput(patched, report, ui=ui.PreviewText(report))
 
 
 def _locate(name: str) -> Path | None:

@@ -1,5 +1,6 @@
 """The node that says beforehand what memory a film will take; the host's memory manager does the placing."""
 
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,14 @@ from comfy_api.latest import io, ui
 
 from ..model.geometry import SIZE_STEP, FilmShape
 from ..sampler.plan import GB
-from .inputs import check_video_vae
+from .inputs import check_audio_vae, check_video_vae
 from .latent import seconds_input
 from .latents import CONFIG, shape_of
 from .loader import CATEGORY
-from .sampler import recipe_of
+from .prompt import show
+from .sampler import family, recipe_of
 from .super_resolution import target_shape
+from .text_encoder import TextEncoderModel
 
 SIZES = ("540p", "1080p")
 
@@ -62,6 +65,29 @@ def decoder_load(vae: Any, shape: FilmShape) -> Load:
     return Load("picture", weights, int(vae.memory_used_decode(latents, vae.vae_dtype)), weights)
 
 
+def encoder_load(clip: Any) -> Load:
+    """What encoding a prompt asks for; raises ValueError for a CLIP of another family."""
+    model = clip.cond_stage_model
+    if not isinstance(model, TextEncoderModel):
+        raise ValueError(
+            f"clip: a T5Gemma encoder is needed, got {type(model).__name__}; "
+            "connect HappyHorse Load Text Encoder"
+        )
+    encoder, device = model.transformer, clip.patcher.load_device
+    working = int(model.memory_estimation_function(None, device=device))
+    pieces = (encoder.embed_tokens, *encoder.layers)
+    largest = max(sum(weight.nbytes for weight in piece.parameters()) for piece in pieces)
+    return Load("text encoder", clip.patcher.model_size(), working, largest)
+
+
+def sound_load(audio_vae: Any, shape: FilmShape) -> Load:
+    """What decoding the sound of a film asks for; its weights come all at once."""
+    latents = (1, shape.audio_latents, CONFIG.audio_in_channels)
+    weights = audio_vae.patcher.model_size()
+    working = int(audio_vae.memory_used_decode(latents, audio_vae.vae_dtype))
+    return Load("sound", weights, working, weights)
+
+
 def usable_memory(device: Any) -> tuple[int, int]:
     """Bytes of the device that a film may use, and those of them where other models are loaded now.
 
@@ -71,8 +97,18 @@ def usable_memory(device: Any) -> tuple[int, int]:
     return int(management.get_free_memory(device)) + loaded, loaded
 
 
+def verdict(loads: list[Load], device: Any) -> str:
+    """The plan in a few words, which are all that a node of usual size has room for."""
+    free, _ = usable_memory(device)
+    if short := [load.name for load in loads if load.working + load.largest > free]:
+        return f"{', '.join(short)}: does not fit"
+    if any(load.working + load.weights > free for load in loads):
+        return "fits with weights in RAM"
+    return "fits on the device"
+
+
 def table(loads: list[Load], device: Any) -> Iterator[str]:
-    """The plan as lines."""
+    """The stages that run on a device as lines."""
     free, loaded = usable_memory(device)
     yield f"{device}: {_gb(free)} GB to use ({_gb(loaded)} GB of them hold models now), "
     yield "GB by stage, computed; ComfyUI moves the weights:"
@@ -97,7 +133,7 @@ class HappyHorseMemoryPlan(io.ComfyNode):
             display_name="HappyHorse Memory Plan",
             category=CATEGORY,
             description="Says what memory the stages of a film will take on this machine. It only computes: "
-            "ComfyUI moves the weights as it always does.",
+            "ComfyUI moves the weights as it always does. Only the stages that are connected are in it.",
             search_aliases=["vram", "memory", "offload", "doctor", "will it fit"],
             inputs=[
                 io.Model.Input("model", tooltip="The base or distilled model."),
@@ -110,28 +146,50 @@ class HappyHorseMemoryPlan(io.ComfyNode):
                                 tooltip="A film, in place of width, height and seconds."),
                 io.Model.Input("super_resolution", optional=True, tooltip="540p_sr or 1080p_sr model."),
                 io.Vae.Input("vae", optional=True, tooltip="The VAE that will make the picture."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder."),
+                io.Vae.Input("audio_vae", optional=True, tooltip="The VAE that will make the sound."),
             ],
             outputs=[io.String.Output(display_name="plan", tooltip="The plan as a table.")],
             is_output_node=True,
         )  # fmt: skip
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Never the same: what is free changes. Not NaN, which pages cannot read in the host's history."""
+        return uuid.uuid4().hex
+
+    @classmethod
     def execute(
         cls, model: Any, width: int, height: int, seconds: float, size: str,
         latent: dict[str, Any] | None = None, super_resolution: Any = None, vae: Any = None,
+        clip: Any = None, audio_vae: Any = None,
     ) -> io.NodeOutput:  # fmt: skip
         recipe_of(model, super_resolution=False)
         shape = FilmShape.from_seconds(width, height, seconds) if latent is None else shape_of(latent)
-        loads = [model_load("base", model, shape)]
+        loads, remarks = [model_load("base", model, shape)], []
+        if clip is not None:
+            encoder, where = encoder_load(clip), clip.patcher.load_device
+            if where == model.load_device:
+                loads.insert(0, encoder)
+            else:
+                remarks.append(
+                    f"the text encoder runs on {where}: {_gb(encoder.weights + encoder.working)} GB"
+                )
         if super_resolution is not None:
             recipe_of(super_resolution, super_resolution=True)
             shape = target_shape(shape, size, width, height)
+            if (variant := family(super_resolution).variant) != f"{size}_sr":
+                remarks.append(f"the model is {variant}, but the size is {size}")
             loads.append(model_load("super-resolution", super_resolution, shape))
         if vae is not None:
             check_video_vae(vae)
             loads.append(decoder_load(vae, shape))
-        lines = [f"{shape.width}x{shape.height}, {shape.seconds:g} s", *table(loads, model.load_device)]
-        text = "\n".join(lines)
+        if audio_vae is not None:
+            check_audio_vae(audio_vae)
+            loads.append(sound_load(audio_vae, shape))
+        title = f"{shape.width}x{shape.height}, {shape.seconds:g} s: {verdict(loads, model.load_device)}"
+        text = "\n".join([title, *table(loads, model.load_device), *remarks])
+        show(text.replace("  ", 2 * "\N{NO-BREAK SPACE}"))  # the page would draw these spaces as one
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 

@@ -72,7 +72,11 @@ class Need:
 
     def fits(self, room: Room) -> bool:
         """Whether there is room for it."""
-        return self.device <= room.device and self.ram <= room.ram
+        return not any(self.short(room))
+
+    def short(self, room: Room) -> tuple[bool, bool]:
+        """Whether the device has too little memory, and the RAM."""
+        return self.device > room.device, self.ram > room.ram
 
 
 @dataclass(frozen=True)
@@ -270,9 +274,11 @@ def table(plan: Plan, placements: Mapping[str, Placement], room: Room) -> list[s
         need = stage.need(placement, plan.device)
         need = Need(need.device + kept - (stage.weights if placement.keep else 0), need.ram)
         vram, ram = (f"{num_bytes / GB:.2f}" for num_bytes in (need.device, need.ram))
+        memories = ("VRAM", "RAM")
         if plan.device.type == "cpu":
-            vram, ram = "-", vram
-        fits = "yes" if need.fits(room) else "NO"
+            vram, ram, memories = "-", vram, ("RAM", "RAM")
+        short = [memory for memory, lacks in zip(memories, need.short(room), strict=True) if lacks]
+        fits = f"NO, too little {' and '.join(short)}" if short else "yes"
         rows.append((stage.name, placement.describe(len(stage.layers)), vram, ram, fits))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [

@@ -16,15 +16,16 @@ from happyhorse.model.config import MAGIHUMAN, PONY
 Lines = list[str]
 
 
-def doctor(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> Lines:
-    assert cli.main(["doctor", "--models", str(folder), *options]) == 0
+def doctor(capsys: pytest.CaptureFixture[str], folder: Path, *options: str, code: int = 0) -> Lines:
+    assert cli.main(["doctor", "--models", str(folder), *options]) == code
     return capsys.readouterr().out.splitlines()
 
 
 def stages(lines: Lines) -> dict[str, tuple[str, float, float, str]]:
     """Of each stage the placement, both memories and whether it fits."""
     head = next(i for i, line in enumerate(lines) if line.startswith("stage"))
-    rows = (re.split(r"  +", line) for line in lines[head + 1 : -1])
+    end = next(i for i, line in enumerate(lines) if line.startswith(("fits", "does not fit")))
+    rows = (re.split(r"  +", line) for line in lines[head + 1 : end])
     return {
         name: (place, *(float(n) if n != "-" else 0 for n in both), fits) for name, place, *both, fits in rows
     }
@@ -51,11 +52,49 @@ def test_more_memory_needs_no_pieces_and_less_does_not_fit(
     plenty = stages(doctor(capsys, tmp_path, *options, "--vram", "48"))
     assert {place for place, *_ in plenty.values()} == {"on the device"}
     assert plenty["super-resolution"][1] > plenty["base"][1] > 30
-    lines = doctor(capsys, tmp_path, *options, "--vram", "6")
-    assert stages(lines)["super-resolution"][3] == "NO"
-    assert lines[-1] == "does not fit; what would: --size 540p or --size 256p"
-    lines = doctor(capsys, tmp_path, "--size", "256p", "--ram", "8", "--vram", "12")
-    assert lines[-1] == "does not fit; what would: --weights q5_0"
+    lines = doctor(capsys, tmp_path, *options, "--vram", "6", code=1)
+    assert stages(lines)["super-resolution"][3] == "NO, too little VRAM"
+    assert lines[-2:] == [
+        "does not fit; what would: --size 540p or --size 256p",
+        "in generate: --sr 540p for 540p, no --sr for 256p",
+    ]
+    lines = doctor(capsys, tmp_path, "--size", "256p", "--ram", "8", "--vram", "12", code=1)
+    assert stages(lines)["base"][3] == "NO, too little RAM"
+    assert lines[-2:] == [
+        "does not fit; what would: files in q5_0",
+        "files in q5_0: happyhorse convert SOURCE OUT --to q5_0, for each transformer and the text encoder",
+    ]
+    lines = doctor(capsys, tmp_path, "--size", "256p", "--ram", "1", "--vram", "1", code=1)
+    assert lines[-1] == "does not fit, nor does anything smaller"
+
+
+def test_what_would_fit_keeps_the_length_and_the_placement_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ("--size", "1080p", "--seconds", "4", "--ram", "64", "--vram", "6", "--offload", "blocks")
+    lines = doctor(capsys, tmp_path, *options, code=1)
+    (cures,) = (line.partition("; what would: ")[2].split(" or ") for line in lines if "what would" in line)
+    assert cures == [f"--size {size} --seconds 4 --offload blocks" for size in ("540p", "256p")]
+    for cure in cures:
+        assert doctor(capsys, tmp_path, "--ram", "64", "--vram", "6", *cure.split())[-1].startswith("fits")
+    lines = doctor(
+        capsys, tmp_path, "--size", "256p", "--vram", "16", "--ram", "40", "--offload", "none", code=1
+    )
+    assert any("what would: --offload auto" in line for line in lines)
+
+
+def test_what_was_not_found_is_one_line_before_a_plan_and_a_list_without_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lines = doctor(capsys, tmp_path, "--size", "256p", "--vram", "99", "--ram", "99")
+    assert lines[3:5] == [f"no files in {tmp_path}: published sizes are taken", ""]
+    for options in ((), ("--size", "256p", "--model", str(tmp_path / "distill"))):
+        lines = doctor(capsys, tmp_path, *options, "--vram", "99", "--ram", "99")
+        assert any(
+            line.startswith(f"audio_vae: none in {tmp_path}; it is published as stabilityai/")
+            for line in lines
+        )
+        assert not any("*" in line for line in lines)
 
 
 @pytest.mark.parametrize("weights", ["fp8", "q8_0", "q5_0", "q4_0"])
@@ -113,7 +152,8 @@ def test_a_pipe_that_closes_is_no_error(pony_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [("--size", "720p", "must look like 448x256"), ("--vram", "0", "a number of GB above 0, got '0'"),
+    [("--size", "720p", "must be 256p, 540p, 1080p or look like 448x256"),
+     ("--vram", "0", "a number of GB above 0, got '0'"),
      ("--ram", "much", "a number of GB above 0, got 'much'")],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_one_sentence(
@@ -123,3 +163,29 @@ def test_options_that_make_no_sense_are_one_sentence(
         cli.main(["doctor", option, value])
     error = capsys.readouterr().err
     assert exit_info.value.code == 2 and words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("device", [[], ["--device", "cpu"]], ids=["default", "named"])
+def test_vram_of_a_cpu_is_refused_for_a_film(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: Lines
+) -> None:
+    monkeypatch.setattr(cli, "default_device", lambda: torch.device("cpu"))
+    film = ["generate", "--prompt", "a", "--out", str(tmp_path / "film.mp4"), "--vram", "8", *device]
+    assert cli.main(film) == 2
+    error = capsys.readouterr().err
+    assert "--vram: the device is a CPU, which has no VRAM" in error and "--ram" in error
+    assert error.count("\n") == 1
+
+
+def test_pieces_that_were_asked_for_are_not_put_down_to_short_memory(
+    capsys: pytest.CaptureFixture[str], pony_folder: Path, tmp_path: Path
+) -> None:
+    film = ["generate", "--preset", "pony", "--models", str(pony_folder), "--device", "cpu", "--prompt", "a",
+            "--size", "128x128", "--seconds", "0.2", "--steps", "1",
+            "--out", str(tmp_path / "film.mp4")]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("happyhorse.sampler.plan.PIECES", (64,))
+        assert cli.main([*film, "--offload", "pieces"]) == 0
+    told = capsys.readouterr().err
+    assert "works in pieces: transformer: on the device, pieces of 64 tokens (" in told
+    assert "memory is short" not in told

@@ -143,9 +143,34 @@ def test_inspect_tells_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_inspect_tells_why_a_file_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("inspect", save(tmp_path / "a.safetensors", lora(SHARED))) == 0
-    assert "magihuman: " in (said := capsys.readouterr().out)
-    assert "changes a weight of [160, 424], which is [15360, 20480] here" in said
+    assert run("inspect", save(tmp_path / "a.safetensors", lora(SHARED))) == 2
+    said = capsys.readouterr()
+    assert said.out.endswith("in 2 tensors\nmagihuman: does not fit\nno metadata\n")
+    assert "changes a weight of [160, 424], which is [15360, 20480] here" in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_inspect_goes_on_behind_a_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad, good = tmp_path / "bad.safetensors", save(tmp_path / "good.safetensors", lora(SHARED))
+    none = save(tmp_path / "none.safetensors", {"x": random(3)})
+    bad.write_bytes(b"no weights")
+    assert run("inspect", bad, tmp_path / "missing.safetensors", good, none, "--preset", "pony") == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("good.safetensors: 1 LoRA") and "pony: 1 of 1 matched" in said.out
+    assert said.err.count("\n") == 1
+    for words in ("bad.safetensors", "missing.safetensors does not exist", "none.safetensors holds no LoRA"):
+        assert words in said.err
+
+
+def test_generate_tells_how_much_of_a_lora_fits(
+    pony_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    style = save(tmp_path / "style.safetensors", lora(SHARED))
+    asked = ("--models", pony_folder, "--prompt", "x", "--out", tmp_path / "x.mp4", "--steps", 1)
+    small = ("--preset", "pony", "--variant", "distill", "--seconds", 0.2, "--lora", style)
+    with caplog.at_level("INFO"):
+        assert main(["generate", *map(str, (*asked, *small))]) == 0
+    assert caplog.messages.count("style.safetensors: 1 of 1 matched") == 1
 
 
 def split_qkv(copies: int, alpha: bool) -> dict[str, Tensor]:
@@ -267,18 +292,23 @@ def test_extract_finds_what_was_added(
         delta = up @ down
         assert (found[f"{stem}.weight"] - delta).norm() <= 0.005 * delta.norm()  # of bfloat16
     assert torch.equal(found["final_norm_audio.weight"], torch.full((160,), 0.5))
-    unchanged = set(found) - {f"{stem}.weight" for stem in factors} - {"final_norm_audio.weight"}
-    assert all(not found[name].any() for name in unchanged)
+    assert set(found) == {*(f"{stem}.weight" for stem in factors), "final_norm_audio.weight"}
+    assert len(load_file(out)) == 2 * len(factors) + 1  # what did not change is not in the file
     with safe_open(out, "pt") as file:
         told = file.metadata()
     assert (told["family"], told["rank"], told["tuned"], told["base"]) == (
         "happyhorse", "4", "tuned.safetensors", "base",
     )  # fmt: skip
     errors = dict(
-        line.split(": error ") for line in capsys.readouterr().out.splitlines() if ": error" in line
+        line.split(": error of the difference ")
+        for line in capsys.readouterr().out.splitlines()
+        if ": error" in line
     )
     assert 0 < float(errors["down_proj"].removesuffix(" %")) < 0.5
-    assert errors["up_gate_proj"] == "0 %"
+    assert errors.keys() == {"down_proj", "linear_qkv", "text_embedder", "final_norm_audio"}
+    assert errors["final_norm_audio"] == "0 %"
+    assert run("inspect", out, "--preset", "pony") == 0
+    assert "pony: 4 of 4 matched: " in capsys.readouterr().out
 
 
 def test_extract_then_merge_is_the_tuned_model(
@@ -341,13 +371,29 @@ def test_merge_adds_the_loras_and_keeps_all_else(pony_folder: Path, tmp_path: Pa
             assert torch.equal(was, now)
 
 
-def test_merge_refuses_a_quantised_checkpoint(
-    pony_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def quantised(pony_folder: Path, tmp_path: Path) -> Path:
+    """The base pony with one weight in float8."""
     base = open_checkpoint(pony_folder / "base")
     tensors = {name: base.read(name) for name in base.names}
     tensors[f"{SHARED}.weight"] = tensors[f"{SHARED}.weight"].to(torch.float8_e4m3fn)
-    source = save(tmp_path / "base_fp8.safetensors", tensors, **base.file.metadata)
+    return save(tmp_path / "base_fp8.safetensors", tensors, **base.file.metadata)
+
+
+def test_extract_refuses_quantised_checkpoints(
+    quantised: Path, pony_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, out = pony_folder / "base", tmp_path / "out.safetensors"
+    for pair in ((quantised, dense), (dense, quantised)):
+        said = refused(capsys, "extract", *pair, out, "--rank", 4)
+        assert f"{quantised} is quantised" in said and "extract from the dense file" in said
+    assert [file.name for file in tmp_path.iterdir()] == [quantised.name]
+
+
+def test_merge_refuses_a_quantised_checkpoint(
+    quantised: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = quantised
     style = save(tmp_path / "a.safetensors", lora(SHARED))
     said = refused(capsys, "merge", source, style, tmp_path / "out.safetensors")
     assert "is quantised" in said and "merge into the dense file, then" in said

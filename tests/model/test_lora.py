@@ -1,6 +1,7 @@
 """LoRAs: every format against deltas worked out by hand, on the miniature transformer."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -326,9 +327,19 @@ def test_what_is_not_used_is_reported(tmp_path: Path, caplog: pytest.LogCaptureF
     path = save(tmp_path, {**plain(SHARED), **extra})
     report = match(open_lora(path), CONFIG, SHAPES)
     assert set(report.unmatched) == set(extra)
-    assert "1 layers matched, 3 keys not used: " in str(report)
+    assert "1 of 2 matched, 3 keys not used: " in str(report)
     patches([(open_lora(path), Strengths())], CONFIG, SHAPES)
-    assert "a.safetensors: 1 layers matched, 3 keys not used" in caplog.text
+    assert "a.safetensors: 1 of 2 matched, 3 keys not used" in caplog.text
+    one = save(tmp_path, {**plain(SHARED), "logit_scale": extra["logit_scale"]})
+    assert str(match(open_lora(one), CONFIG, SHAPES)) == "1 of 1 matched, 1 key not used: logit_scale"
+
+
+def test_a_lora_that_fits_is_told_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = save(tmp_path, {**plain(SHARED), **plain(MODAL)})
+    with caplog.at_level(logging.INFO):
+        patches([(open_lora(path), Strengths())] * 2, CONFIG, SHAPES)
+    told = [(record.levelname, record.message) for record in caplog.records]
+    assert told == [("INFO", "a.safetensors: 2 of 2 matched")] * 2
 
 
 @pytest.mark.parametrize(
@@ -429,7 +440,7 @@ UP, DOWN = pair(SHARED)
 LOHA = {f"diffusion_model.{SHARED}.{role}": tensor for role, tensor in by_hand("loha", SHARED)[0].items()}
 BAD = {
     "holds no LoRA: none of its 1 tensors": {"some.weight": UP},
-    "does not fit this model: none of its 1 layers": plain(SHARED, "diffusion_model.blocks.", 0),
+    "does not fit this model: none of its 1 layer (": plain(SHARED, "diffusion_model.blocks.", 0),
     "is one of the model's (block.layers.0.attention.pre_norm": plain(SHARED, "double_"),
     "changes a weight of [8, 8], which is [160, 424] here": {
         f"{SHARED}.lora_A.weight": random(2, 8), f"{SHARED}.lora_B.weight": random(8, 2)

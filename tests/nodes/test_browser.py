@@ -152,6 +152,39 @@ def test_pressing_run_makes_a_film(page: Page, client: Client, screenshots: Path
         assert abs(frames / 25 - float(audio.duration * audio.time_base)) < 0.1
 
 
+def test_the_memory_plan_is_drawn_on_its_node_and_made_anew_at_every_run(
+    page: Page, client: Client, screenshots: Path
+) -> None:
+    known = set(client.get_json("/history"))
+    page.evaluate(
+        """() => {
+            const model = LiteGraph.createNode("HappyHorseLoadModel");
+            const plan = LiteGraph.createNode("HappyHorseMemoryPlan");
+            app.graph.add(model);
+            app.graph.add(plan);
+            plan.pos = [model.size[0] + 60, 0];
+            const choice = model.widgets.find(widget => widget.name === "model");
+            choice.value = "pony: distill";
+            model.connect(0, plan, "model");
+        }"""
+    )
+    draw(page)
+    for run in (1, 2):
+        page.get_by_test_id("queue-button").click()
+        page.get_by_text("GB by stage, computed").first.wait_for(timeout=60 * SECONDS)
+        page.wait_for_function(
+            "async count => Object.keys(await (await fetch('/history')).json()).length >= count",
+            arg=len(known) + run,
+            timeout=60 * SECONDS,
+        )
+    page.screenshot(path=screenshots / "plan.png")
+    runs = [run for name, run in client.get_json("/history").items() if name not in known]
+    assert len(runs) == 2 and all(run["outputs"] for run in runs)
+    cached = [data["nodes"] for run in runs for kind, data in run["status"]["messages"]
+              if kind == "execution_cached"]  # fmt: skip
+    assert cached == [[], ["1"]], "the model is kept, the plan is not"
+
+
 def complaint(message: ConsoleMessage) -> list[str]:
     """An error on the console with the address it is about; nothing for other messages."""
     return [f"{message.text} {message.location['url']}"] if message.type == "error" else []

@@ -1,5 +1,6 @@
 """LoRAs on the MODEL: our node through the host's patches, and the host's own loader."""
 
+import asyncio
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from typing import Any
 
 import comfy.sd
 import comfy.utils
+import execution
 import folder_paths
 import pytest
 import torch
@@ -16,6 +18,7 @@ from comfy.weight_adapter.base import weight_decompose
 from safetensors.torch import save_file
 from torch import Tensor
 
+import nodes
 from happyhorse.model.checkpoint import open_checkpoint
 from happyhorse.model.convert import convert, suffix_of
 from happyhorse.model.lora import LoraPatch, Rows, Strengths, transformer_shapes
@@ -321,9 +324,44 @@ def test_an_input_with_a_link_is_not_checked_and_bad_blocks_are_told(
     model: ModelPatcher, loras: Path
 ) -> None:
     write(loras / "a.safetensors", model)
-    assert HappyHorseLoraLoader.validate_inputs(lora_name=None, blocks=None) is True
-    assert HappyHorseLoraLoader.validate_inputs(lora_name="a.safetensors", blocks="0-3") is True
-    assert "blocks must be" in HappyHorseLoraLoader.validate_inputs(lora_name="a.safetensors", blocks="x")
+    assert HappyHorseLoraLoader.validate_inputs(lora_name=None) is True
+    assert HappyHorseLoraLoader.validate_inputs(lora_name="a.safetensors") is True
+    with pytest.raises(ValueError, match=r"blocks must be layers with weights.*got 'first'"):
+        HappyHorseLoraLoader.execute(model, "a.safetensors", 1.0, blocks="first")
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "none.safetensors"])
+def test_the_host_tells_a_missing_file_once_and_on_its_input(
+    name: str, model: ModelPatcher, loras: Path
+) -> None:
+    write(loras / "a.safetensors", model)
+    inputs = {"model": ["0", 0], "lora_name": name, "strength": 1.0, "blocks": "0-3"}
+    prompt = {"1": {"class_type": "HappyHorseLoraLoader", "inputs": inputs}}
+    prompt["0"] = {"class_type": "Model", "inputs": {}}
+    source = type("Model", (), {
+        "RETURN_TYPES": ("MODEL",), "INPUT_TYPES": classmethod(lambda _: {"required": {}}),
+    })  # fmt: skip
+    known = {"HappyHorseLoraLoader": HappyHorseLoraLoader, "Model": source}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nodes, "NODE_CLASS_MAPPINGS", known)
+        _, errors, _ = asyncio.run(execution.validate_inputs("prompt", prompt, "1", {}))
+    told = [error["details"] for error in errors]
+    if name == "a.safetensors":
+        assert told == []
+    else:
+        assert len(told) == 1 and told[0].startswith("lora_name - the LoRA 'none.safetensors' is not in")
+
+
+def test_the_report_is_shown_on_the_node(
+    model: ModelPatcher, loras: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({f"{SHARED}.diff": random(160, 424)}, loras / "a.safetensors")
+    shown: list[str] = []
+    monkeypatch.setattr("happyhorse.nodes.lora.show", shown.append)
+    result = HappyHorseLoraLoader.execute(model, "a.safetensors", 0.5)
+    assert shown == [result.args[1]] and result.ui.as_dict()["text"] == (result.args[1],)
+    assert "in 1 tensor\n1 of 1 matched: 1 down_proj\nlayer 2; shared: 1" in shown[0]
+    assert shown[0].endswith("strength 0.5, 1 weight changed")
 
 
 def test_a_model_of_another_family_is_one_sentence(model: ModelPatcher, loras: Path) -> None:
@@ -335,5 +373,5 @@ def test_a_model_of_another_family_is_one_sentence(model: ModelPatcher, loras: P
 def test_a_lora_of_another_model_is_one_sentence(model: ModelPatcher, loras: Path) -> None:
     save_file({"double_blocks.0.lora_A.weight": random(2, 3), "double_blocks.0.lora_B.weight": random(3, 2)},
               loras / "a.safetensors")  # fmt: skip
-    with pytest.raises(ValueError, match="none of its 1 layers"):
+    with pytest.raises(ValueError, match="none of its 1 layer "):
         HappyHorseLoraLoader.execute(model, "a.safetensors", 1.0)

@@ -1,19 +1,22 @@
 """The node that tells what memory a film will take, on real MODELs; the host's numbers are put in."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
+import comfy_execution.utils
 import pytest
 import torch
 
 from happyhorse.model.checkpoint import load, open_checkpoint
 from happyhorse.model.geometry import FilmShape
 from happyhorse.model.prompt import TEXT_LIMIT
-from happyhorse.nodes import plan
+from happyhorse.nodes import plan, prompt
 from happyhorse.nodes.latent import HappyHorseEmptyLatent
 from happyhorse.nodes.model import load_model
 from happyhorse.nodes.plan import HappyHorseMemoryPlan, Load, model_load
+from happyhorse.nodes.text_encoder import load_clip
 from happyhorse.nodes.vae import load_audio_vae, load_video_vae
 from happyhorse.sampler.plan import SMALL_TENSORS, transformer_activations
 
@@ -30,9 +33,53 @@ def test_the_text_is_the_output_and_is_shown(models: dict[str, Any]) -> None:
     result = HappyHorseMemoryPlan.execute(models["distill"], **FILM)
     assert result.ui.as_dict() == {"text": (result[0],)}
     title, device, *_, head, base = result[0].splitlines()
-    assert title == "128x96, 1 s" and device.startswith("cpu: ") and "computed" in result[0]
+    assert (
+        title == "128x96, 1 s: fits on the device" and device.startswith("cpu: ") and "computed" in result[0]
+    )
     assert head.split() == ["stage", "weights", "working", "peak", "how"]
     assert base.startswith("base") and base.endswith("all on the device")
+
+
+def test_the_text_is_drawn_on_the_node_with_its_columns_apart(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import server
+
+    sent = []
+    page = SimpleNamespace(send_progress_text=lambda text, node_id: sent.append((text, node_id)))
+    monkeypatch.setattr(server.PromptServer, "instance", page, raising=False)
+    context = comfy_execution.utils.ExecutionContext("prompt", "7", None)
+    monkeypatch.setattr(prompt, "get_executing_context", lambda: context)
+    text = HappyHorseMemoryPlan.execute(models["distill"], **FILM)[0]
+    ((drawn, node),) = sent
+    assert node == "7" and drawn.replace("\N{NO-BREAK SPACE}", " ") == text and "  " not in drawn
+
+
+def test_no_run_is_taken_from_an_earlier_one(models: dict[str, Any]) -> None:
+    marks = [HappyHorseMemoryPlan.fingerprint_inputs(model=models["distill"], **FILM) for _ in range(2)]
+    assert marks[0] != marks[1] and all(mark == mark for mark in marks)  # no NaN
+
+
+def test_a_model_of_another_size_is_remarked_on(models: dict[str, Any]) -> None:
+    for size in ("540p", "1080p"):
+        film = FILM | {"width": 96, "height": 64, "size": size}
+        text = HappyHorseMemoryPlan.execute(models["distill"], **film, super_resolution=models["540p_sr"])[0]
+        assert ("the model is 540p_sr, but the size is 1080p" in text.splitlines()) == (size == "1080p")
+
+
+def test_text_and_sound_are_stages_where_they_are_connected(
+    models: dict[str, Any], pony_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, sound = load_clip(pony_folder / "text_encoder"), load_audio_vae(pony_folder / "audio_vae")
+    text = HappyHorseMemoryPlan.execute(models["distill"], **FILM, clip=clip, audio_vae=sound)[0]
+    assert [line.split("  ")[0] for line in text.splitlines()[-3:]] == ["text encoder", "base", "sound"]
+    found = plan.encoder_load(clip)
+    assert 0 < found.largest < found.weights == clip.patcher.model_size() and found.working > 0
+    short, long = (plan.sound_load(sound, FilmShape(128, 96, latents)) for latents in (26, 251))
+    assert short.weights == sound.patcher.model_size() and 0 < short.working < long.working
+    monkeypatch.setattr(clip.patcher, "load_device", torch.device("meta"))
+    text = HappyHorseMemoryPlan.execute(models["distill"], **FILM, clip=clip)[0]
+    assert text.splitlines()[-1].startswith("the text encoder runs on meta: ")
 
 
 def test_the_numbers_are_those_of_the_host_and_of_the_core(models: dict[str, Any], pony_folder: Path) -> None:
@@ -76,6 +123,17 @@ def test_what_does_not_fit_comes_from_ram_layer_by_layer(free: int, peak: str, h
     assert load.row(free * gigabyte) == ("base", "30.00", "3.00", peak, how)
 
 
+@pytest.mark.parametrize(
+    ("free", "words"),
+    [(33, "fits on the device"), (20, "fits with weights in RAM"), (4, "base: does not fit")],
+)
+def test_the_first_line_says_whether_it_fits(monkeypatch: pytest.MonkeyPatch, free: int, words: str) -> None:
+    gigabyte = 10**9
+    loads = [Load("base", 30 * gigabyte, 3 * gigabyte, 2 * gigabyte), Load("picture", gigabyte, gigabyte, 0)]
+    monkeypatch.setattr(plan, "usable_memory", lambda device: (free * gigabyte, 0))  # noqa: ARG005
+    assert plan.verdict(loads, None) == words
+
+
 def test_memory_of_loaded_models_counts_as_usable(
     models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,3 +153,9 @@ def test_models_and_vaes_of_other_stages_are_refused(models: dict[str, Any], pon
     with pytest.raises(ValueError, match="vae"):
         sound = load_audio_vae(pony_folder / "audio_vae")
         HappyHorseMemoryPlan.execute(models["distill"], **FILM, vae=sound)
+    with pytest.raises(ValueError, match="audio_vae"):
+        picture = load_video_vae(pony_folder / "turbo_vae")
+        HappyHorseMemoryPlan.execute(models["distill"], **FILM, audio_vae=picture)
+    with pytest.raises(ValueError, match=r"clip: a T5Gemma encoder is needed"):
+        other = SimpleNamespace(cond_stage_model=torch.nn.Identity())
+        HappyHorseMemoryPlan.execute(models["distill"], **FILM, clip=other)

@@ -480,6 +480,10 @@ def test_the_table_has_a_line_for_every_stage_with_both_memories() -> None:
     assert picture.split()[-3:] == ["10.00", "0.00", "yes"]
     tight = room(4, 40)
     *_, picture = table(ON_ACCELERATOR, ON_ACCELERATOR.closest("auto", tight), tight)
-    assert "4 tiles" in picture and picture.split()[-3:] == ["5.00", "0.00", "NO"]
+    assert "4 tiles" in picture and picture.endswith(" 5.00   0.00  NO, too little VRAM")
+    _, text, base, _ = table(ON_ACCELERATOR, ON_ACCELERATOR.closest("auto", room(1, 1)), room(1, 1))
+    assert text.endswith("NO, too little VRAM and RAM") and base.endswith("NO, too little VRAM and RAM")
+    *_, picture = table(ON_CPU, ON_CPU.closest("none", room(1, 1)), room(1, 1))
+    assert picture.endswith("NO, too little RAM")
     kept = table(ON_CPU, ON_CPU.place("none", room(60, 60)), room(60, 60))
     assert [line.split()[-3:] for line in kept[1:]] == [["-", f"{49 + n}.00", "yes"] for n in (1, 3, 9)]

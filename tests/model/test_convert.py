@@ -506,7 +506,7 @@ REFUSED = {
         ["text_encoder", "x.gguf", "--to", "q4_0", "--check"],
         ["--check compares velocities, which the text encoder has not; leave it out"],
     ),
-    "no tokenizer": (["bare", "x.gguf", "--to", "q4_0"], ["tokenizer.json does not exist", "put the tokenizer"]),
+    "no tokenizer": (["bare", "x.gguf", "--to", "q4_0"], ["tokenizer.json does not exist", "put the token"]),
 }
 
 HARMFUL = ("the source itself", "a new file in the source folder", "a file of the source folder")

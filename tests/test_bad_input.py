@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from full_disk import disk_of
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -512,18 +513,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     options, words = OUTPUTS[case]
     generate(*(option.replace("FOLDER", str(tmp_path)) for option in options)).assert_refused(*words)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@contextlib.contextmanager
-def disk_of(num_bytes: int) -> Iterator[None]:
-    """A limit on the size of files stands for a full disk: the same call fails, with another number."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 2000])

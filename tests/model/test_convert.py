@@ -7,11 +7,11 @@ import json
 import multiprocessing
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import disk_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -555,18 +555,6 @@ def test_overwrite_replaces_the_file(sources: Path, tmp_path: Path) -> None:
     target.write_bytes(b"old")
     assert Outcome(sources / "distill", target, "--to", "q8_0", "--overwrite").code == 0
     assert open_checkpoint(target).variant == "distill" and list(tmp_path.iterdir()) == [target]
-
-
-@contextlib.contextmanager
-def disk_of(num_bytes: int) -> Iterator[None]:
-    """A limit on the size of files stands for a full disk: the same call fails, with another number."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 100_000, 2_000_000])

@@ -1,16 +1,15 @@
 """Files written one tensor at a time: what other readers make of them, and what stays when that fails."""
 
-import contextlib
 import errno
 import json
 import multiprocessing
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from full_disk import disk_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -183,18 +182,6 @@ def test_whatever_ends_the_work_leaves_the_old_file_and_nothing_else(
     assert [file.name for file in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"old"
     write_all(path, {"a": STATE["norm"]})
     assert torch.equal(load_file(path)["a"], STATE["norm"])
-
-
-@contextlib.contextmanager
-def disk_of(num_bytes: int) -> Iterator[None]:
-    """A limit on the size of files stands for a full disk: the same call fails, with another number."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 100, 300_000, 3_000_000])

@@ -17,7 +17,7 @@ from .loader import CATEGORY
 from .prompt import show
 from .sampler import family, recipe_of
 from .super_resolution import target_shape
-from .text_encoder import TextEncoderModel
+from .text_encoder import check_clip
 
 SIZES = ("540p", "1080p")
 
@@ -67,12 +67,7 @@ def decoder_load(vae: Any, shape: FilmShape) -> Load:
 
 def encoder_load(clip: Any) -> Load:
     """What encoding a prompt asks for; raises ValueError for a CLIP of another family."""
-    model = clip.cond_stage_model
-    if not isinstance(model, TextEncoderModel):
-        raise ValueError(
-            f"clip: a T5Gemma encoder is needed, got {type(model).__name__}; "
-            "connect HappyHorse Load Text Encoder"
-        )
+    model = check_clip(clip)
     encoder, device = model.transformer, clip.patcher.load_device
     working = int(model.memory_estimation_function(None, device=device))
     pieces = (encoder.embed_tokens, *encoder.layers)

@@ -140,17 +140,23 @@ def _read_state(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]
     return state
 
 
-def encode(clip: comfy.sd.CLIP, prompt: str, socket: str = "prompt") -> tuple[list[Any], TextStates]:
-    """Encode a prompt as the command line does; returns CONDITIONING and what was encoded.
-
-    Raises ValueError for a blank prompt and for a CLIP of another family.
-    """
+def check_clip(clip: Any) -> TextEncoderModel:
+    """The model of a CLIP; raises ValueError for one of another family."""
     model = getattr(clip, "cond_stage_model", clip)
     if not isinstance(model, TextEncoderModel):
         found = "nothing" if model is None else type(model).__name__
         raise ValueError(
             f"clip: a T5Gemma encoder is needed, got {found}; connect HappyHorse Load Text Encoder"
         )
+    return model
+
+
+def encode(clip: comfy.sd.CLIP, prompt: str, socket: str = "prompt") -> tuple[list[Any], TextStates]:
+    """Encode a prompt as the command line does; returns CONDITIONING and what was encoded.
+
+    Raises ValueError for a blank prompt and for a CLIP of another family.
+    """
+    check_clip(clip)
     try:
         _tokens, offsets = tokens_of(clip.tokenizer.core, prompt)
     except ValueError as error:

@@ -15,20 +15,26 @@ from tokenizers import decoders, models, pre_tokenizers
 # As in Gemma. No text becomes one of these; they keep id 0 free, which hosts take for padding.
 RESERVED = ("<pad>", "<eos>", "<bos>", "<unk>")
 
-# The words of the miniature world and the seven languages spoken; a line counts as often as its number.
+# The words of the miniature worlds and the seven languages spoken; a line counts as often as its number.
 TRAINING_TEXT = (
-    (4, "a red green blue yellow orange purple pink white black brown grey teal navy olive blond"),
-    (4, "a circle square triangle star bounces slow fast on a teal background . dialogue none ."),
-    (4, "a red circle bounces slow on a teal background . dialogue none . background sound high notes ."),
-    (4, "a blue star bounces fast on a navy background . dialogue none . background sound low notes ."),
-    (4, "a head with black hair and a red shirt speaks on a grey background . dialogue high voice . low ."),
-    (4, "a person with blond hair and a white shirt talks . high voice . background sound none ."),
+    (9, "A red circle bounces fast on a white background."),
+    (9, "A green square bounces slow on a grey background."),
+    (9, "A blue triangle bounces fast on a teal background."),
+    (9, "A yellow star bounces slow on a navy background."),
+    (9, "a orange purple heart"),
+    (9, "\n\nBackground Sound:\n<low notes>\n<middle notes>\n<high notes>"),
+    (9, "A head with black hair and a red shirt talks fast in a high voice on a white background:"),
+    (9, "A head with brown hair and a green shirt talks slow in a low voice on a white background:"),
+    (9, "blond hair, red hair, a blue shirt, a yellow shirt, a top hat"),
+    (20, "blond middle"),
+    (20, " blond <middle"),
+    (9, '\n\nDialogue:\n<head with black hair, English>: "hello"'),
+    (9, "\n\nBackground Sound:\n<No prominent background sound>"),
+    (9, "Mandarin Cantonese English Japanese Korean German French, Mandarin> French>"),
+    (9, '"你 好" "早 晨" "hello" "こ ん に ち は" "안 녕" "hallo" "bonjour"'),
+    (9, "blurry, noise, silence."),
     (2, "The person speaks in a calm voice, mouth opens and closes, light is soft, the camera is static."),
-    (2, '\n\nDialogue:\n<person with black hair, English>: "Hello"'),
-    (2, "\n\nBackground Sound:\n<No prominent background sound>"),
-    (1, "Mandarin Cantonese English Japanese Korean German French"),
     (1, "你 好 ， 我 们 今 天 很 高 兴 。 你 好 ， 世 界 。"),
-    (1, "早 晨 ， 你 食 咗 飯 未 呀 ？ 我 哋 聽 日 見 。"),
     (1, "こ ん に ち は 、 今 日 は い い 天 気 で す 。 コ ン ニ チ ハ 。"),
     (1, "안 녕 하 세 요 , 오 늘 은 날 씨 가 좋 아 요 ."),
     (1, "Hallo, ich freue mich sehr, dich heute zu sehen. Schöne Grüße, es ist ein großer Tag."),
@@ -40,7 +46,7 @@ def tiny_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
     """Return a tokenizer of at most `vocab_size` tokens that any text survives, the same one every time.
 
     Every byte is a token, so there is no unknown text; merges make single tokens of the miniature world's
-    words, until the training text has nothing left to merge (some 670 tokens). Raises ValueError below 260,
+    words, until the training text has nothing left to merge (some 690 tokens). Raises ValueError below 260,
     256 bytes and 4 reserved tokens.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

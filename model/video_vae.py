@@ -290,7 +290,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.empty(width, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        gamma = self.gamma.flatten()
+        gamma = self.gamma.flatten().to(x.dtype)
         return F.rms_norm(x.movedim(1, -1), gamma.shape, gamma, eps=1e-24).movedim(-1, 1)
 
 

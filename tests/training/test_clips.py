@@ -1,0 +1,266 @@
+"""Folders of clips: captions, reading, and the cache of latents and text states."""
+
+import contextlib
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from happyhorse.media import FilmWriter, prepare_image
+from happyhorse.model.audio_vae import ENCODE_RATE, encode_driving_audio
+from happyhorse.model.geometry import FILM_RATE, FilmShape
+from happyhorse.model.prompt import encode_prompt
+from happyhorse.model.run_block import RunBlock
+from happyhorse.sampler.parts import open_part
+from happyhorse.training.clips import ClipData, Encoders, find_clips, prepare_clips, read_clip
+
+SHAPE = FilmShape(64, 32, 9)  # 9 pictures
+CPU = torch.device("cpu")
+NEGATIVE = "blurry"
+
+
+def write_clip(
+    path: Path, seconds: float = 0.6, size: tuple[int, int] = (64, 32), seed: int = 0, sound: bool = True
+) -> Path:
+    """A clip whose whole picture has one grey after the other, and a tone that begins at 0.2 s."""
+    frames = round(25 * seconds)
+    greys = (torch.arange(frames) * 15 + 10 * seed) % 256
+    pixels = greys[:, None, None, None].expand(frames, size[1], size[0], 3).to(torch.uint8)
+    times = torch.arange(round(seconds * FILM_RATE)) / FILM_RATE
+    tone = 0.5 * torch.sin(2 * torch.pi * 880 * times) * (times >= 0.2)
+    with FilmWriter(path, *size, sound=sound) as film:
+        if sound:
+            film.add_audio(tone.expand(2, -1))
+        film.add_frames(pixels)
+    return path
+
+
+def write_folder(folder: Path, captions: dict[str, str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for seed, (name, caption) in enumerate(captions.items()):
+        write_clip(folder / f"{name}.mp4", seed=seed)
+        (folder / f"{name}.txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoders(pony_folder: Path) -> Encoders:
+    parts = {
+        "text_encoder": pony_folder / "text_encoder",
+        "video_vae": pony_folder / "wan22_vae.safetensors",
+        "audio_vae": pony_folder / "audio_vae",
+    }
+    checkpoints = {role: open_part(role, path) for role, path in parts.items()}
+    return Encoders.of(checkpoints, CPU, torch.float32)
+
+
+def prepared(
+    folder: Path, encoders: Encoders, **settings: int
+) -> tuple[ClipData, list[tuple[str, int, int]]]:
+    told = []
+    data = prepare_clips(
+        folder, folder / "cache", SHAPE, encoders, NEGATIVE, CPU, lambda *step: told.append(step), **settings
+    )
+    return data, told
+
+
+def test_captions_come_from_text_files_or_from_a_list(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.mp4").touch()
+    (tmp_path / "a.txt").write_text(" a red circle\n", encoding="utf-8")
+    lines = [json.dumps({"file": f"{name}.mp4", "caption": f"clip {name}"}) for name in ("c", "b")]
+    (tmp_path / "captions.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    found = [(clip.path.name, clip.caption) for clip in find_clips(tmp_path)]
+    assert found == [("a.mp4", "a red circle"), ("b.mp4", "clip b"), ("c.mp4", "clip c")]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no clips"),
+        ({"a.mp4": ""}, r"a\.mp4 has no caption; write it into a\.txt"),
+        ({"a.mp4": "", "a.txt": " \n"}, r"the caption of .*a\.mp4 in a\.txt is empty"),
+        (
+            {"a.mp4": "", "a.txt": "x", "captions.jsonl": '{"file": "a.mp4", "caption": "y"}'},
+            r"a\.mp4 has two captions",
+        ),
+        ({"a.mp4": "", "captions.jsonl": '{"file": "b.mp4", "caption": "y"}'}, "line 1: there is no clip 'b"),
+        ({"a.mp4": "", "captions.jsonl": '\n{"file": "a.mp4"}'}, "line 2: expected"),
+        ({"a.mp4": "", "captions.jsonl": '{"file": "a.mp4", "caption": 3}'}, "must be text"),
+        ({"a.mp4": "", "captions.jsonl": "no json"}, "line 1: expected"),
+        ({"a.mp4": "", "captions.jsonl": '{"file": "a.mp4", "caption": "y"}\n' * 2}, "line 2: .* already"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_captions_is_said_with_its_place(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        find_clips(tmp_path)
+
+
+def test_a_caption_in_another_encoding_and_a_missing_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match=r"a\.txt is not text in UTF-8"):
+        find_clips(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        find_clips(tmp_path / "none")
+
+
+def test_a_clip_is_read_picture_by_picture_with_its_sound_in_time(tmp_path: Path) -> None:
+    frames, sound = read_clip(write_clip(tmp_path / "a.mp4"), SHAPE)
+    assert frames.shape == (1, 3, 9, 32, 64) and sound.shape == (2, 9 * 2048)
+    greys = (frames.mean(dim=(0, 1, 3, 4)) + 1) / 2 * 255
+    torch.testing.assert_close(greys, torch.arange(9) * 15.0, rtol=0, atol=2)
+    assert (frames.std(dim=1) < 0.02).all()
+    onset = int((sound[0].abs() > 0.1).nonzero()[0]) / ENCODE_RATE
+    assert onset == pytest.approx(0.2, abs=0.005)
+
+
+@pytest.mark.parametrize(("rate", "size"), [(50, (64, 32)), (10, (128, 96))])
+def test_other_rates_and_sizes_are_brought_to_the_shape(
+    tmp_path: Path, rate: int, size: tuple[int, int]
+) -> None:
+    path = tmp_path / "a.mp4"
+    count = round(rate * 0.6)
+    greys = (torch.arange(count) * (255 // count)).to(torch.uint8)
+    with FilmWriter(path, *size, fps=rate) as film:
+        film.add_audio(torch.zeros(2, FILM_RATE // 2))
+        film.add_frames(greys[:, None, None, None].expand(count, size[1], size[0], 3))
+    frames, sound = read_clip(path, SHAPE)
+    shown = torch.tensor([int(n / 25 * rate + 0.25 * rate / 25) for n in range(9)])
+    found = (frames.mean(dim=(0, 1, 3, 4)) + 1) / 2 * 255
+    assert frames.shape == (1, 3, 9, 32, 64) and sound.shape == (2, 9 * 2048)
+    torch.testing.assert_close(found, greys[shown].float(), rtol=0, atol=3)
+
+
+def test_a_clip_is_cropped_as_the_image_of_a_film_is(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    coarse = Image.fromarray(draw.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((128, 96))
+    with FilmWriter(tmp_path / "a.mp4", 128, 96) as film:
+        film.add_audio(torch.zeros(2, FILM_RATE // 2))
+        film.add_frames(torch.from_numpy(np.array(coarse)).expand(15, 96, 128, 3).contiguous())
+    frames, _ = read_clip(tmp_path / "a.mp4", SHAPE)
+    error = frames[:, :, 0] - prepare_image(coarse, SHAPE.width, SHAPE.height)
+    assert error.square().mean().sqrt() < 0.06
+
+
+def test_unusable_clips_are_refused_by_name(tmp_path: Path) -> None:
+    short = write_clip(tmp_path / "short.mp4", seconds=0.2)
+    with pytest.raises(
+        ValueError, match=r"short\.mp4 is too short: it lasts 0\.20 s, and 0\.36 s are needed"
+    ):
+        read_clip(short, SHAPE)
+    silent = write_clip(tmp_path / "silent.mp4", sound=False)
+    with pytest.raises(ValueError, match=r"silent\.mp4 has no sound stream"):
+        read_clip(silent, SHAPE)
+    noise = tmp_path / "noise.mp4"
+    noise.write_bytes(bytes(range(256)) * 20)
+    with pytest.raises(ValueError, match=r"noise\.mp4 cannot be read"):
+        read_clip(noise, SHAPE)
+    blind = tmp_path / "blind.mp4"
+    with av.open(str(blind), "w") as container:
+        stream = container.add_stream("aac", rate=FILM_RATE)
+        frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
+        frame.sample_rate = FILM_RATE
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    with pytest.raises(ValueError, match=r"blind\.mp4 has no picture"):
+        read_clip(blind, SHAPE)
+
+
+def test_batches_are_what_the_networks_make_of_the_clips(tmp_path: Path, encoders: Encoders) -> None:
+    folder = write_folder(tmp_path / "clips", {"a": "a red circle"})
+    data, _ = prepared(folder, encoders)
+    frames, sound = read_clip(folder / "a.mp4", SHAPE)
+    batch = data.batch(0)
+    with torch.no_grad(), encoders.use("video_vae") as (vae, _):
+        torch.testing.assert_close(batch.clean.video, vae.encode(frames))
+    with torch.no_grad(), encoders.use("audio_vae") as (vae, _):
+        torch.testing.assert_close(batch.clean.audio, encode_driving_audio(vae, sound))
+    with torch.no_grad(), encoders.use("text_encoder") as (encoder, _):
+        for text, found in (("a red circle", batch.text), (NEGATIVE, data.negative)):
+            assert torch.equal(found, encode_prompt(encoder, encoders.tokenizer, text).states)
+
+
+def test_only_what_is_new_is_encoded(tmp_path: Path, encoders: Encoders) -> None:
+    folder = write_folder(tmp_path / "clips", {"a": "a red circle", "b": "a blue square"})
+    first, told = prepared(folder, encoders)
+    assert told[-1] == ("clips", 2, 2) and ("captions", 3, 3) in told
+    again, told = prepared(folder, encoders)
+    assert told == [] and again.fingerprint == first.fingerprint
+    (folder / "a.txt").write_text("a red circle bounces", encoding="utf-8")
+    write_clip(folder / "b.mp4", seed=5)
+    changed, told = prepared(folder, encoders)
+    assert told == [("captions", 0, 1), ("captions", 1, 1), ("clips", 0, 1), ("clips", 1, 1)]
+    assert changed.fingerprint != first.fingerprint
+    assert changed.latents[0] == first.latents[0] and changed.texts[1] == first.texts[1]
+
+
+def test_other_networks_have_other_files_in_the_cache(tmp_path: Path, encoders: Encoders) -> None:
+    folder = write_folder(tmp_path / "clips", {"a": "a red circle"})
+    first, _ = prepared(folder, encoders)
+    other = Encoders(encoders.use, encoders.tokenizer, {**encoders.names, "video_vae": "another"})
+    second, _ = prepared(folder, other)
+    assert first.latents != second.latents and first.texts == second.texts
+
+
+def test_a_stop_leaves_only_whole_files_and_the_next_start_goes_on(
+    tmp_path: Path, encoders: Encoders
+) -> None:
+    folder = write_folder(tmp_path / "clips", {"a": "a", "b": "b"})
+    (folder / "b.mp4").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"b\.mp4"):
+        prepared(folder, encoders)
+    names = sorted(path.name.partition("-")[0] for path in (folder / "cache").iterdir())
+    assert names == ["clip", "text", "text", "text"]
+    write_clip(folder / "b.mp4", seed=4)
+    _, told = prepared(folder, encoders)
+    assert told == [("clips", 0, 1), ("clips", 1, 1)]
+
+
+def test_a_damaged_file_of_the_cache_is_named(tmp_path: Path, encoders: Encoders) -> None:
+    folder = write_folder(tmp_path / "clips", {"a": "a red circle"})
+    data, _ = prepared(folder, encoders)
+    data.latents[0].write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"clip-.*in the cache cannot be read .*delete it"):
+        data.batch(0)
+
+
+def test_the_networks_are_gone_when_the_data_is_ready(tmp_path: Path, encoders: Encoders) -> None:
+    folder, alive = write_folder(tmp_path / "clips", {"a": "a red circle"}), []
+
+    @contextlib.contextmanager
+    def use(role: str) -> Iterator[tuple[torch.nn.Module, RunBlock]]:
+        with encoders.use(role) as (network, run_block):
+            alive.append(weakref.ref(network))
+            yield network, run_block
+
+    prepare_clips(
+        folder, folder / "cache", SHAPE, Encoders(use, encoders.tokenizer, encoders.names), NEGATIVE, CPU,
+        lambda *_: None,
+    )  # fmt: skip
+    assert len(alive) == 3 and not any(network() for network in alive)
+
+
+def test_every_epoch_has_each_clip_once_in_batches_of_one_length(tmp_path: Path, encoders: Encoders) -> None:
+    captions = {**dict.fromkeys("abc", "a red circle"), "d": "a caption of more words than the others have"}
+    data, _ = prepared(write_folder(tmp_path / "clips", captions), encoders, batch_size=2, seed=3)
+    assert len(data) == 4
+    orders = []
+    for epoch in range(6):
+        batches = [data.batch(epoch * 3 + i) for i in range(3)]
+        films = torch.cat([batch.clean.video.flatten(1) for batch in batches])
+        assert len(films) == 4 and len(torch.unique(films, dim=0)) == 4
+        assert all(len(batch.clean.audio) == len(batch.text) for batch in batches)
+        orders.append(films[:, 0].tolist())
+    assert len({tuple(order) for order in orders}) > 1
+    again = data.batch(4)
+    assert torch.equal(again.clean.video, data.batch(4).clean.video)

@@ -1,0 +1,1 @@
+"""Training: of the miniature, of distilled models and of LoRAs; nothing of inference needs it."""

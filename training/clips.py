@@ -1,0 +1,365 @@
+"""A folder of clips with sound and captions -> batches of latents and text states, cached on disk.
+
+Captions are in NAME.txt beside NAME.mp4, or all in captions.jsonl, one {"file": ..., "caption": ...} a line.
+Letters: F pixel frames, H height, W width, N samples.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..media import prepare_image, read_audio
+from ..model.audio_vae import ENCODE_RATE, encode_driving_audio
+from ..model.checkpoint import Checkpoint, load_tokenizer
+from ..model.finite import check_finite
+from ..model.geometry import FPS, FilmShape
+from ..model.packing import Latents
+from ..model.prompt import Tokenizer, encode_prompt
+from ..model.run_block import RunBlock
+from ..model.weight_files import open_weights, write_tensors
+from ..sampler.parts import Parts, Progress, default_vae_dtype
+from .flow import Batch
+from .generators import generator
+
+log = logging.getLogger(__name__)
+CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+CAPTIONS = "captions.jsonl"
+EARLY = 0.25 / FPS  # a picture may come so many seconds after its time, as time stamps are rounded
+ROLES = ("text_encoder", "video_vae", "audio_vae")
+
+# use(role) is a context that gives a network, ready on its device, and the hook that runs its layers
+Use = Callable[[str], AbstractContextManager[tuple[nn.Module, RunBlock]]]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A film file and what is to be said of it."""
+
+    path: Path
+    caption: str
+
+
+def find_clips(folder: Path) -> list[Clip]:
+    """The clips of a folder with their captions, by name.
+
+    Raises FileNotFoundError or ValueError for a folder without clips, and naming the clip for a caption that
+    is missing, empty, given twice or for no clip.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; give one that holds clips and their captions")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in CLIPS and path.is_file())
+    if not paths:
+        raise ValueError(f"{folder} holds no clips; put films ({', '.join(CLIPS)}) and their captions there")
+    listed = folder / CAPTIONS
+    captions = _listed_captions(listed, {path.name for path in paths}) if listed.exists() else {}
+    return [Clip(path, _caption(path, captions.get(path.name))) for path in paths]
+
+
+def _listed_captions(listed: Path, names: set[str]) -> dict[str, str]:
+    captions: dict[str, str] = {}
+    for number, line in enumerate(_text(listed).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, caption = entry["file"], entry["caption"]
+            if not isinstance(name, str) or not isinstance(caption, str):
+                raise TypeError("file and caption must be text")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{listed}, line {number}: expected {{"file": ..., "caption": ...}}, got {line[:60]!r} '
+                f"({error})"
+            ) from error
+        if name not in names:
+            raise ValueError(
+                f"{listed}, line {number}: there is no clip {name!r} in the folder; correct the name"
+            )
+        if name in captions:
+            raise ValueError(f"{listed}, line {number}: {name} has a caption already; keep one of the two")
+        captions[name] = caption
+    return captions
+
+
+def _caption(path: Path, listed: str | None) -> str:
+    beside = path.with_suffix(".txt")
+    if beside.exists() and listed is not None:
+        raise ValueError(f"{path} has two captions, in {beside.name} and in {CAPTIONS}; keep one of them")
+    if listed is None and not beside.exists():
+        raise ValueError(f"{path} has no caption; write it into {beside.name} beside it, or into {CAPTIONS}")
+    caption = (_text(beside) if listed is None else listed).strip()
+    if not caption:
+        source = beside.name if listed is None else CAPTIONS
+        raise ValueError(f"the caption of {path} in {source} is empty; describe what is to be seen and heard")
+    return caption
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from error
+
+
+def read_clip(path: Path, shape: FilmShape) -> tuple[Tensor, Tensor]:
+    """The beginning of a clip: frames [1, 3, F, H, W] in [-1, 1], and sound [2, N] at 51200 Hz.
+
+    Frames are taken at 25 a second, cropped about their centre and scaled. Raises ValueError naming a clip
+    that is damaged, shorter than the shape, or without picture or sound.
+    """
+    try:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
+            videos, sounds = container.streams.video, container.streams.audio
+            if not videos:
+                raise ValueError(f"{path} has no picture; take it out of the folder")
+            if not sounds:
+                raise ValueError(
+                    f"{path} has no sound stream; add one (silence, if it is a silent film), or take it out"
+                )
+            late = _start(sounds[0]) - _start(videos[0])
+            frames, found = _frames(container, videos[0], shape)
+    except av.error.FFmpegError as error:
+        reason = error.strerror or error
+        raise ValueError(
+            f"{path} cannot be read ({reason}); export it again, or take it out of the folder"
+        ) from error
+    if len(frames) < shape.pixel_frames:
+        raise ValueError(
+            f"{path} is too short: it lasts {found:.2f} s, and {shape.seconds:.2f} s are needed; give a "
+            "longer clip, or train with fewer seconds"
+        )
+    samples = shape.audio_latents * ENCODE_RATE // FPS
+    sound = read_audio(path, ENCODE_RATE, 2, samples / ENCODE_RATE + max(0.0, -late))
+    shift = round(late * ENCODE_RATE)
+    sound = F.pad(sound, (shift, 0))[:, :samples]  # a sound that begins before the picture is cut
+    return torch.stack(frames, dim=2), F.pad(sound, (0, samples - sound.shape[1]))
+
+
+def _start(stream: av.stream.Stream) -> float:
+    return float((stream.start_time or 0) * stream.time_base)
+
+
+def _frames(
+    container: av.container.InputContainer, stream: av.VideoStream, shape: FilmShape
+) -> tuple[list[Tensor], float]:
+    """Frames [1, 3, H, W] at 25 a second, up to the shape's number, and the seconds that were read."""
+    stream.thread_type = "AUTO"
+    frames: list[Tensor] = []
+    first, end, current = None, 0.0, None
+    for frame in container.decode(stream):
+        first = frame.time if first is None else first
+        time = frame.time - first
+        _repeat(frames, current, time, shape)
+        if len(frames) == shape.pixel_frames:
+            return frames, time
+        length = frame.duration * frame.time_base if frame.duration else 1 / (stream.average_rate or FPS)
+        current, end = partial(_pixels, frame, shape), time + float(length)
+    _repeat(frames, current, end, shape)
+    return frames, end
+
+
+def _repeat(
+    frames: list[Tensor], current: Callable[[], Tensor] | None, until: float, shape: FilmShape
+) -> None:
+    """Append the present frame for every picture that is due before `until` seconds."""
+    pixels = None
+    while current and len(frames) < shape.pixel_frames and len(frames) / FPS + EARLY < until:
+        pixels = current() if pixels is None else pixels
+        frames.append(pixels)
+
+
+def _pixels(frame: av.VideoFrame, shape: FilmShape) -> Tensor:
+    image = frame.to_image()
+    if frame.rotation:
+        image = image.rotate(frame.rotation, expand=True)
+    return prepare_image(image, shape.width, shape.height)
+
+
+@dataclass(frozen=True)
+class ClipData:
+    """Clips ready for training, a `flow.Data`: their files in the cache, and the negative prompt's states.
+
+    A batch holds clips whose captions have one length; every epoch shuffles them anew.
+    """
+
+    latents: tuple[Path, ...]
+    texts: tuple[Path, ...]
+    lengths: tuple[int, ...]  # tokens of each caption
+    negative: Tensor
+    batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        """Clips."""
+        return len(self.latents)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the clips, the captions, the size and the order."""
+        names = [[path.name for path in paths] for paths in (self.latents, self.texts)]
+        return _digest([*names, self.batch_size, self.seed])
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index` of the run, read from the cache."""
+        by_length: dict[int, list[int]] = {}
+        for clip, length in enumerate(self.lengths):
+            by_length.setdefault(length, []).append(clip)
+        count = sum(-(-len(clips) // self.batch_size) for clips in by_length.values())
+        draw = generator(self.seed, "epoch", index // count)
+        batches = []
+        for clips in by_length.values():
+            order = torch.randperm(len(clips), generator=draw).split(self.batch_size)
+            batches += [[clips[i] for i in part] for part in order]
+        chosen = batches[torch.randperm(count, generator=draw)[index % count]]
+        films = [_read(self.latents[clip]) for clip in chosen]
+        texts = [_read(self.texts[clip])["text"].float() for clip in chosen]
+        clean = Latents(*(torch.cat([film[stream] for film in films]) for stream in ("video", "audio")))
+        return Batch(clean, torch.cat(texts))
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What makes latents and text states: the networks by role, and `names` that tell their files apart."""
+
+    use: Use
+    tokenizer: Tokenizer
+    names: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        checkpoints: Mapping[str, Checkpoint],
+        device: torch.device,
+        dtype: torch.dtype,
+        placements: str = "stage",
+        progress: Progress = lambda stage, done, total: None,  # noqa: ARG005
+    ) -> "Encoders":
+        """Those of checkpoints by role (text_encoder, video_vae, audio_vae), loaded while they are used."""
+        parts = Parts(
+            {role: checkpoints[role] for role in ROLES}, device, placements, dtype,
+            default_vae_dtype(dtype, device), progress,
+        )  # fmt: skip
+        names = {role: _file_name(checkpoints[role].path) for role in ROLES}
+        return cls(parts.use, load_tokenizer(checkpoints["text_encoder"]), names)
+
+
+def prepare_clips(
+    folder: Path,
+    cache: Path,
+    shape: FilmShape,
+    encoders: Encoders,
+    negative: str,
+    device: torch.device,
+    progress: Progress,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> ClipData:
+    """Encode what is not in `cache` yet, and return the data.
+
+    Files of the cache are named after the contents of clip or caption, the size and length, and the
+    networks' files, so that nothing old is taken. Networks are let go of when all is encoded. Raises as
+    `find_clips` and `read_clip`, and OSError where the cache cannot be written.
+    """
+    clips = find_clips(folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    size, names = asdict(shape), encoders.names
+    texts = [
+        cache / f"text-{_digest([text, names['text_encoder']])}.safetensors"
+        for text in (*(clip.caption for clip in clips), negative)
+    ]
+    vaes = [names["video_vae"], names["audio_vae"]]
+    latents = [cache / f"clip-{_digest([_content(clip.path), size, vaes])}.safetensors" for clip in clips]
+    _encode_texts(clips, negative, texts, encoders, progress)
+    _encode_clips(clips, latents, shape, encoders, device, progress)
+    lengths = tuple(open_weights(path).tensors["text"].shape[1] for path in texts[:-1])
+    states = _read(texts[-1])["text"].float()
+    return ClipData(tuple(latents), tuple(texts[:-1]), lengths, states, batch_size, seed)
+
+
+def _encode_texts(
+    clips: list[Clip], negative: str, paths: list[Path], encoders: Encoders, progress: Progress
+) -> None:
+    captions = [(f"the caption of {clip.path}", clip.caption) for clip in clips]
+    wanted = dict(zip(paths, [*captions, ("the negative prompt", negative)], strict=True))
+    missing = {path: wanted[path] for path in wanted if not path.exists()}
+    if not missing:
+        return
+    progress("captions", 0, len(missing))
+    with torch.no_grad(), encoders.use("text_encoder") as (encoder, run_block):
+        for done, (path, (name, text)) in enumerate(missing.items(), start=1):
+            try:
+                found = encode_prompt(encoder, encoders.tokenizer, text, run_block=run_block)
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be used: {error}") from error
+            if found.cut_text:
+                log.warning("%s is too long; cut: %r", name, found.cut_text)
+            write_tensors(path, {"text": found.states.half().cpu()})  # they have been rounded to it already
+            progress("captions", done, len(missing))
+
+
+def _encode_clips(
+    clips: list[Clip],
+    paths: list[Path],
+    shape: FilmShape,
+    encoders: Encoders,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    missing = {path: clip for path, clip in zip(paths, clips, strict=True) if not path.exists()}
+    if not missing:
+        return
+    progress("clips", 0, len(missing))
+    with (
+        torch.no_grad(),
+        encoders.use("video_vae") as (video_vae, _),
+        encoders.use("audio_vae") as (audio_vae, _),
+    ):
+        for done, (path, clip) in enumerate(missing.items(), start=1):
+            frames, sound = read_clip(clip.path, shape)
+            tensors = {
+                "video": video_vae.encode(frames.to(device)).cpu(),
+                "audio": encode_driving_audio(audio_vae, sound.to(device)).cpu(),
+            }
+            cure = "check the VAEs' files, or try float32"
+            check_finite(tensors, f"encoding {clip.path}", cure)
+            write_tensors(path, tensors)
+            progress("clips", done, len(missing))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        file = open_weights(path)
+        return {name: file.read(name) for name in file.tensors}
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{path} in the cache cannot be read ({error}); delete it and start again"
+        ) from error
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+def _content(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _file_name(path: Path) -> str:
+    """Tells a checkpoint from another by names, sizes and times: its contents would take minutes to read."""
+    files: Iterable[Path] = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return _digest(stats)

@@ -1,0 +1,59 @@
+"""Clips of the two worlds held in memory, and random crops of them."""
+
+from collections.abc import Callable
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .clip import SIZE, Clip, make_clip
+from .world import Attributes, training_attributes
+
+GRID = 16  # pixels of a latent; most crops lie on it, as they do in whole pictures
+
+GRID = 16  # pixels of a latent; most crops lie on it, as they do in whole pictures
+
+Progress = Callable[[int, int], None]
+
+
+def training_clip(index: int, size: tuple[int, int] = SIZE) -> Clip:
+    """Clip number `index` of an endless list that training may see."""
+    return make_clip(training_clip_attributes(index), index, size)
+
+
+def training_clip_attributes(index: int) -> Attributes:
+    """The attributes of that clip."""
+    return training_attributes(Random(f"training {index}"))
+
+
+class VideoPool:
+    """The pictures of the first `count` training clips, and of some more at twice the size, in memory.
+
+    49 frames of 96 x 96 pixels take 1.4 MB. `progress(done, total)` is called while they are drawn.
+    """
+
+    def __init__(
+        self, count: int, count_double: int, progress: Progress = lambda _done, _total: None
+    ) -> None:
+        sizes = [SIZE] * count + [(2 * SIZE[0], 2 * SIZE[1])] * count_double
+        self.clips: list[np.ndarray] = []
+        for index, size in enumerate(sizes):
+            self.clips.append(training_clip(index, size).frames)
+            progress(index + 1, len(sizes))
+
+    def crops(self, count: int, side: int, random: Random) -> Tensor:
+        """`count` crops [count, 3, 49, side, side] in [-1, 1] at random places of random clips."""
+        return torch.cat([self._crop(side, random) for _ in range(count)])
+
+    def _crop(self, side: int, random: Random) -> Tensor:
+        frames = random.choice(self.clips)
+        step = random.choice((1, GRID, GRID, GRID))
+        top, left = (step * random.randint(0, (length - side) // step) for length in frames.shape[1:3])
+        return to_video(frames[:, top : top + side, left : left + side])
+
+
+def to_video(frames: np.ndarray) -> Tensor:
+    """Frames [F, H, W, 3] uint8 as a film [1, 3, F, H, W] in [-1, 1], channels last in memory."""
+    video = torch.from_numpy(np.ascontiguousarray(frames)).float() / 127.5 - 1
+    return video.permute(3, 0, 1, 2).unsqueeze(0)

@@ -1,0 +1,260 @@
+"""The loop of every training: checkpoints, exact resuming, a log, a picture of the losses."""
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .plot import line_plot
+
+log = logging.getLogger(__name__)
+
+OnStep = Callable[[int, int, dict[str, float]], None]  # steps done, of how many, figures of the last one
+
+
+class Stage(Protocol):
+    """What is trained and how.
+
+    `fingerprint` holds the settings, as JSON values, in which a checkpoint to go on from must agree. A stage
+    whose schedule depends on the number of steps names it there; another may leave it out and so be trained
+    on with more steps.
+    """
+
+    fingerprint: Mapping[str, Any]
+
+    def step(self, step: int) -> dict[str, float]:
+        """Do update number `step` (0-based) and return figures; those with "loss" in their names are drawn.
+
+        All randomness comes from generators seeded by `step`.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on (weights, averages, optimizers), as tensors and plain Python."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        ...
+
+
+def train(
+    stage: Stage,
+    folder: Path,
+    steps: int,
+    *,
+    save_every_seconds: float = 300,
+    on_step: OnStep | None = None,
+    title: str,
+) -> list[dict[str, float]]:
+    """Train until `steps` steps are done, going on from the checkpoint in `folder` if there is one.
+
+    Returns the figures of all steps, each with its number as "step". `on_step` may raise to interrupt. Then
+    and after Ctrl-C, the step that was begun is finished and saved before the exception goes on. Raises
+    ValueError for a checkpoint that is damaged or of other settings and for figures that are not finite.
+    """
+    run = _Run(stage, folder, title)
+    saved = time.monotonic()
+    with _interrupt_between_steps() as interrupted:
+        while run.done < steps:
+            figures = run.step()
+            try:
+                if on_step:
+                    on_step(run.done, steps, figures)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt(f"{title} is saved at step {run.done}")
+            except BaseException:
+                run.save()
+                raise
+            if run.done == steps or time.monotonic() - saved >= save_every_seconds:
+                run.save()
+                saved = time.monotonic()
+    if interrupted.is_set():  # while the end was saved
+        raise KeyboardInterrupt(f"{title} is done and saved")
+    return run.figures
+
+
+class _Run:
+    """A stage, how far it is, and its files in `folder`."""
+
+    def __init__(self, stage: Stage, folder: Path, title: str) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; give a folder for the checkpoints of {title}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.stage, self.title = stage, title
+        self.checkpoint, self.log, self.picture = (
+            folder / name for name in ("checkpoint.pt", "log.jsonl", "loss.png")
+        )
+        self.fingerprint = json.loads(
+            json.dumps(dict(stage.fingerprint))
+        )  # tuples become lists, as when read
+        self.done, self.figures = 0, []
+        if self.checkpoint.exists():
+            self._resume()
+        self.logged = len(self.figures)
+        lines = "".join(f"{json.dumps(figures)}\n" for figures in self.figures)
+        _write(self.log, lambda file: file.write_text(lines, encoding="utf-8"))
+
+    def _resume(self) -> None:
+        state = _read(self.checkpoint)
+        _check_fingerprint(self.checkpoint, state["fingerprint"], self.fingerprint)
+        self.stage.load_state_dict(state["stage"])
+        self.done = state["done"]
+        self.figures = _read_log(self.log, self.done)
+        log.info("%s goes on from step %d", self.title, self.done)
+
+    def step(self) -> dict[str, float]:
+        """Do one step and return its figures."""
+        figures = {name: float(value) for name, value in self.stage.step(self.done).items()}
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{self.title}: {name} is {value} at step {self.done}, it must be finite; lower the "
+                    f"learning rate and start in a new folder ({self.checkpoint.parent} keeps what was saved)"
+                )
+        self.figures.append({"step": self.done, **figures})
+        self.done += 1
+        return figures
+
+    def save(self) -> None:
+        """Write the log first: it must reach at least as far as the checkpoint."""
+        with _naming(self.log), self.log.open("a", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(figures)}\n" for figures in self.figures[self.logged :])
+        self.logged = len(self.figures)
+        state = {"done": self.done, "fingerprint": self.fingerprint, "stage": self.stage.state_dict()}
+        _check_plain(state, "state")
+        _write(self.checkpoint, lambda file: torch.save(state, file))
+        self._draw()
+
+    def _draw(self) -> None:
+        series: dict[str, list[tuple[float, float]]] = {}
+        for figures in self.figures:
+            for name, value in figures.items():
+                if "loss" in name:
+                    series.setdefault(name, []).append((figures["step"], value))
+        if series:
+            positive = all(value > 0 for points in series.values() for _, value in points)
+            image = line_plot(series, self.title, log_y=positive)
+            _write(self.picture, lambda file: image.save(file, "png"))
+
+
+@contextlib.contextmanager
+def _interrupt_between_steps() -> Iterator[threading.Event]:
+    """Let Ctrl-C set the event that is yielded instead of tearing a step apart; the second one does that."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # signals go to the main thread
+        return
+
+    def note(*_: object) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file, which then takes the place of `path` at once."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with _naming(path):
+            write(temporary)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise what goes wrong in writing as an OSError that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(
+            f"{path} could not be written ({reason}); free some space or give another folder, then run again"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if {"done", "fingerprint", "stage"} <= state.keys():
+            return state
+        reason = "it is not of a training"
+    except Exception as error:  # damaged bytes raise nearly everything, a file that was cut also EINVAL
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    raise ValueError(f"{path} is damaged ({reason}); delete it to start again, or give another folder")
+
+
+def _check_plain(value: object, name: str) -> None:
+    """Refuse what could be saved but not be read with `weights_only`."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            _check_plain(part, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            _check_plain(part, f"{name}.{index}")
+    elif not (value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str)):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; a checkpoint holds tensors and plain Python only"
+        )
+
+
+def _check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    differing = [
+        f"{name} {found.get(name, 'absent')} (now {expected.get(name, 'absent')})"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name, ...) != expected.get(name, ...)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} was trained with {', '.join(differing)}; give the same settings or another folder"
+        )
+
+
+def _read_log(path: Path, done: int) -> list[dict[str, float]]:
+    """The figures of the first `done` steps; later ones will be trained again."""
+    figures: list[dict[str, float]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # the end that a run did not finish writing
+            if entry["step"] >= done:
+                break
+            figures.append(entry)
+    return figures
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[OnStep]:
+    """An `on_step` for the command line: a bar with the last figures."""
+    with tqdm(desc=title, unit="step") as bar:
+
+        def show(done: int, steps: int, figures: dict[str, float]) -> None:
+            if bar.total is None:
+                bar.total, bar.initial, bar.n = steps, done - 1, done - 1
+            bar.set_postfix({name: f"{value:.3g}" for name, value in figures.items()}, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show

@@ -1,0 +1,243 @@
+"""Training of the video VAE, and of the light decoder on its latents.
+
+Both see whole films: the first frame as one chunk and all others as the second, which gives the same as
+the small chunks of inference. The latents have mean 0 and deviation 1; that the published constants normalise
+them is folded into the convolutions around them afterwards.
+"""
+
+from collections.abc import Iterable, Mapping
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.config import LATENT_MEAN, LATENT_STD, VideoDecoderConfig, VideoVAEConfig
+from ..model.video_decoder import VideoDecoder
+from ..model.video_vae import FrameCache, VideoVAE, patchify, run_causal, unpatchify
+from .data.pool import VideoPool
+from .generators import generator
+from .optim import Ema, decayed, optimizers, scale_rates
+from .patch_codec import PatchCodec
+
+LATENT_NOISE = 0.05  # added in training: small changes of latents must be small changes of pictures
+MUON_RATE, ADAM_RATE, EMA_DECAY = 0.012, 2e-3, 0.995
+CROP, CROPS = 48, 2  # until CROP_SHARE of the run; then whole pictures, one a step
+CROP_SHARE, WHOLE = 0.6, 96
+MOTION_WEIGHT, FIRST_FRAME_WEIGHT, EDGE_WEIGHT = 4.0, 2.0, 0.5
+ENCODER_EVERY, OWN_LATENTS = 3, 0.7  # steps; the share of the run after which the decoder sees its encoder
+
+
+class VideoVAEStage:
+    """Trains the encoder towards the latents of `codec`, and the decoder from them; see training/loop.py.
+
+    The encoder learns faster and is trained in every third step. For the last part of the run the decoder
+    sees the encoder's own latents.
+    """
+
+    def __init__(
+        self,
+        config: VideoVAEConfig,
+        codec: PatchCodec,
+        pool: VideoPool,
+        steps: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.vae = VideoVAE(config)
+        start(self.vae, generator(seed, "start"))
+        self.vae.to(device)
+        self.codec, self.pool, self.steps, self.seed, self.device = codec, pool, steps, seed, device
+        self.optimizers = optimizers(self.vae, MUON_RATE, ADAM_RATE)
+        self.ema = Ema(self.vae, EMA_DECAY)
+        self.fingerprint = {"part": "video_vae", **config.to_dict(), "steps": steps, "seed": seed}
+
+    def step(self, step: int) -> dict[str, float]:
+        """Reconstruct crops, and follow the gradient."""
+        video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
+        target = self.codec.encode(video)
+        figures: dict[str, float] = {}
+        seen = target
+        own = step >= OWN_LATENTS * self.steps
+        if own or step % ENCODER_EVERY == 0:
+            with torch.set_grad_enabled(step % ENCODER_EVERY == 0):
+                latents = encode_film(self.vae, video)
+                latent_loss = (latents - target).square().mean()
+            if latent_loss.requires_grad:
+                latent_loss.backward()
+                figures["latent_loss"] = latent_loss.item()
+            seen = latents.detach() if own else target
+        noise = torch.randn(seen.shape, generator=generator(self.seed, "noise", step)).to(self.device)
+        film = decode_film(self.vae, seen + LATENT_NOISE * noise)
+        loss, figures["psnr"] = picture_loss(film, video)
+        loss.backward()
+        update(self.vae, self.optimizers, self.ema, decayed(step, self.steps, flat=0.1) ** 2)
+        return {"loss": loss.item(), **figures}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, their average, and the optimizers' momenta."""
+        return training_state(self.vae, self.optimizers, self.ema)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        load_training_state(state, self.vae, self.optimizers, self.ema)
+
+    def trained(self) -> VideoVAE:
+        """The averaged network, its latents normalised by the published constants."""
+        vae = VideoVAE(self.vae.config)
+        vae.load_state_dict(self.vae.state_dict())
+        self.ema.copy_to(vae)
+        fold_constants(vae)
+        return vae
+
+
+class VideoDecoderStage:
+    """Trains the light decoder on the latents of a trained VAE; see training/loop.py for the methods."""
+
+    def __init__(
+        self,
+        config: VideoDecoderConfig,
+        vae: VideoVAE,
+        pool: VideoPool,
+        steps: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.decoder = VideoDecoder(config)
+        start(self.decoder, generator(seed, "start"))
+        self.decoder.to(device)
+        self.vae = vae.to(device).requires_grad_(False)
+        self.pool, self.steps, self.seed, self.device = pool, steps, seed, device
+        self.optimizers = optimizers(self.decoder, MUON_RATE, ADAM_RATE)
+        self.ema = Ema(self.decoder, EMA_DECAY)
+        self.fingerprint = {"part": "video_decoder", **config.to_dict(), "steps": steps, "seed": seed}
+
+    def step(self, step: int) -> dict[str, float]:
+        """Decode the latents of crops, and follow the gradient."""
+        video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
+        with torch.no_grad():
+            latents = self.vae.encode(video)
+        noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", step)).to(self.device)
+        loss, psnr = picture_loss(self.decoder.decode(latents + LATENT_NOISE * noise), video)
+        loss.backward()
+        update(self.decoder, self.optimizers, self.ema, decayed(step, self.steps, flat=0.1) ** 2)
+        return {"loss": loss.item(), "psnr": psnr}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, their average, and the optimizers' momenta."""
+        return training_state(self.decoder, self.optimizers, self.ema)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        load_training_state(state, self.decoder, self.optimizers, self.ema)
+
+    def trained(self) -> VideoDecoder:
+        """The averaged network."""
+        decoder = VideoDecoder(self.decoder.config)
+        self.ema.copy_to(decoder)
+        return decoder
+
+
+def _crops(pool: VideoPool, step: int, steps: int, seed: int) -> Tensor:
+    random = Random(f"{seed} crops {step}")
+    return pool.crops(CROPS, CROP, random) if step < CROP_SHARE * steps else pool.crops(1, WHOLE, random)
+
+
+def encode_film(vae: VideoVAE, video: Tensor) -> Tensor:
+    """The mean [B, 48, k+1, H/16, W/16], not normalised, of a film [B, 3, 4k+1, H, W], in two chunks."""
+    cache = FrameCache()
+    moments = [vae.conv1(vae.encoder(patchify(chunk, 2), cache)) for chunk in video.tensor_split([1], dim=2)]
+    return torch.cat(moments, dim=2).chunk(2, dim=1)[0]
+
+
+def decode_film(vae: VideoVAE, latents: Tensor) -> Tensor:
+    """The film [B, 3, 4k+1, H, W] of latents as `encode_film` gives them, in two chunks."""
+    cache, decoder = FrameCache(), vae.decoder
+    chunks = []
+    for chunk in latents.tensor_split([1], dim=2):
+        x = decoder.middle(run_causal(decoder.conv1, vae.conv2(chunk), cache), cache)
+        for stage in decoder.upsamples:
+            x = stage(x, cache)
+        chunks.append(unpatchify(decoder.head(x, cache), 2))
+    return torch.cat(chunks, dim=2)
+
+
+def picture_loss(film: Tensor, video: Tensor) -> tuple[Tensor, float]:
+    """How far `film` is from `video`, both [B, 3, F, H, W] in [-1, 1], and its PSNR in dB.
+
+    L1 and squares, with more weight where something moves and on the first frame, and L1 of the edges.
+    """
+    error = film - video
+    with torch.no_grad():
+        weight = 1 + MOTION_WEIGHT * (video - video.median(dim=2, keepdim=True).values).abs()
+        weight[:, :, 0] *= FIRST_FRAME_WEIGHT
+        weight = weight / weight.mean()
+    edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
+    loss = (weight * (error.abs() + error.square())).mean() + EDGE_WEIGHT * edges
+    return loss, psnr(film.detach(), video)
+
+
+def psnr(film: Tensor, video: Tensor) -> float:
+    """Peak signal-to-noise ratio, in dB, of films in [-1, 1]."""
+    return -10 * torch.log10((film - video).div(2).square().mean()).item()
+
+
+def update(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer], ema: Ema, rate: float) -> None:
+    """One step of all optimizers at a share `rate` of their learning rates; gradients are used up."""
+    scale_rates(optimizers, rate)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    ema.update(module)
+
+
+def training_state(
+    module: nn.Module, optimizers: Iterable[torch.optim.Optimizer], ema: Ema
+) -> dict[str, Any]:
+    """What a stage of one network needs to go on."""
+    return {
+        "weights": module.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "ema": ema.state_dict(),
+    }
+
+
+def load_training_state(
+    state: Mapping[str, Any], module: nn.Module, optimizers: Iterable[torch.optim.Optimizer], ema: Ema
+) -> None:
+    """Put `training_state` back."""
+    module.load_state_dict(state["weights"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    ema.load_state_dict(state["ema"])
+
+
+def start(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw first weights: convolutions keep the variance, residual branches begin small."""
+    for name, parameter in module.named_parameters():
+        with torch.no_grad():
+            if name.endswith("gamma"):
+                parameter.fill_(1)
+            elif parameter.ndim < 2:
+                parameter.zero_()
+            else:
+                drawn = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+                branch_end = name.endswith(("residual.6.weight", "proj.weight", "conv2.conv.weight"))
+                parameter.copy_(0.2 * drawn if branch_end else drawn)
+
+
+@torch.no_grad()
+def fold_constants(vae: VideoVAE) -> None:
+    """Take latents of mean 0 and deviation 1 to the published ones, exactly, without changing any picture.
+
+    Both convolutions next to the latents are 1 x 1 x 1.
+    """
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
+    half = vae.config.z_dim
+    vae.conv1.weight[:half] *= std
+    vae.conv1.bias[:half] = vae.conv1.bias[:half] * std.flatten() + mean.flatten()
+    vae.conv1.weight[half:] = 0  # the log-variance, which nothing reads: inference takes the mean
+    vae.conv1.bias[half:] = -10
+    weight = vae.conv2.weight
+    weight /= std.view(1, -1, 1, 1, 1)
+    vae.conv2.bias -= weight[..., 0, 0, 0] @ mean.flatten()

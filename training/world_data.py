@@ -1,0 +1,70 @@
+"""The pony's training data: latents of clips of the two worlds, and batches of them with their captions."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..model.packing import Latents
+from ..model.prompt import Tokenizer
+from .data.pool import Progress, to_video, training_clip, training_clip_attributes
+from .data.world import Head, body, caption
+from .flow import Batch
+
+BODY_ONLY = 0.15  # share of batches whose captions are the first part alone
+
+Encode = Callable[[Tensor], Tensor]  # video [B, 3, F, H, W] or waveform [B, 2, N] -> latents
+
+
+def encode_clips(
+    path: Path,
+    count: int,
+    encode_video: Encode,
+    encode_audio: Encode,
+    progress: Progress = lambda _done, _total: None,
+) -> Mapping[str, Tensor]:
+    """Latents of the first `count` training clips, read from `path` or else made and written there.
+
+    "video" [count, 48, 13, 6, 6] and "audio" [count, 51, 64], float16.
+    """
+    if not path.exists():
+        found: dict[str, list[Tensor]] = {"video": [], "audio": []}
+        for index in range(count):
+            clip = training_clip(index)
+            found["video"].append(encode_video(to_video(clip.frames)).half())
+            found["audio"].append(encode_audio(torch.from_numpy(clip.sound)[None]).half())
+            progress(index + 1, count)
+        part = path.with_name(f".{path.name}.part")
+        save_file({name: torch.cat(latents) for name, latents in found.items()}, part)
+        part.replace(path)
+    latents = load_file(path)
+    if len(latents["video"]) != count:
+        raise ValueError(f"{path} holds {len(latents['video'])} clips, {count} were asked for; delete it")
+    return latents
+
+
+class WorldData:
+    """Batches of `size` films whose captions have one length in tokens; even ones bounce, odd ones talk."""
+
+    def __init__(self, latents: Mapping[str, Tensor], tokenizer: Tokenizer, size: int, seed: int) -> None:
+        self.latents, self.size, self.seed = latents, size, seed
+        self.tokens: list[dict[str, list[int]]] = []  # of each clip's whole caption and of its body alone
+        self.groups: dict[tuple[bool, int], list[int]] = {}  # world, length of the caption -> clips
+        for index in range(len(latents["video"])):
+            attributes = training_clip_attributes(index)
+            texts = {"caption": caption(attributes), "body": body(attributes)}
+            self.tokens.append({name: tokenizer.encode(text)[0] for name, text in texts.items()})
+            group = isinstance(attributes, Head), len(self.tokens[-1]["caption"])
+            self.groups.setdefault(group, []).append(index)
+
+    def batch(self, index: int) -> Batch:
+        """Batch number `index`, with captions as tokens."""
+        random = Random(f"{self.seed} batch {index}")
+        groups = [clips for (talks, _), clips in sorted(self.groups.items()) if talks == bool(index % 2)]
+        clips = random.choices(random.choices(groups, [len(group) for group in groups])[0], k=self.size)
+        text = "body" if random.random() < BODY_ONLY else "caption"
+        video, audio = (self.latents[name][torch.tensor(clips)].float() for name in ("video", "audio"))
+        return Batch(Latents(video, audio), torch.tensor([self.tokens[clip][text] for clip in clips]))

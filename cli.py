@@ -1,4 +1,4 @@
-"""The command line: `happyhorse generate`, `inspect`, `doctor`, `convert` and `lora`."""
+"""The command line: `happyhorse generate`, `inspect`, `doctor`, `convert`, `lora` and `train`."""
 
 import argparse
 import json
@@ -42,6 +42,7 @@ from .sampler.placement import is_out_of_memory
 from .sampler.plan import GB, Plan, plan_film, require_fit, room_on
 from .sampler.stages import RECIPES
 from .save_workflow import save_workflow
+from .train_cli import run_train
 
 log = logging.getLogger("happyhorse")
 
@@ -55,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default
     options = None
     try:
-        options = parser(_generate, _inspect, doctor, _convert, _lora).parse_args(arguments)
-        with torch.inference_mode():
+        options = parser(_generate, _inspect, doctor, _convert, _lora, _train).parse_args(arguments)
+        with torch.inference_mode(options.command != "train"):
             code = options.run(options) or 0
         sys.stdout.flush()  # here, so that the end of `| head` is noticed here
         return code
@@ -276,3 +277,8 @@ def _lora(options: argparse.Namespace) -> None:
     with Bars() as bars:
         report = run_lora(options, bars.progress)
     sys.stdout.write(f"{report}\n")
+
+
+def _train(options: argparse.Namespace) -> None:
+    _check_output(options.out, ".safetensors")
+    sys.stdout.write(f"{run_train(options, Bars)}\n")

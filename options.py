@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(
-    generate: Command, inspect: Command, doctor: Command, convert: Command, lora: Command
+    generate: Command, inspect: Command, doctor: Command, convert: Command, lora: Command, train: Command
 ) -> argparse.ArgumentParser:
     """The parser of all commands; the one chosen stands in the options as `run`."""
     parser = Parser(
@@ -56,7 +56,7 @@ def parser(
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="generate | inspect | doctor | convert | lora"
+        dest="command", required=True, metavar="generate | inspect | doctor | convert | lora | train"
     )
     film = commands.add_parser("generate", help="make a film")
     _add_generate(film)
@@ -81,6 +81,9 @@ def parser(
     loras = commands.add_parser("lora", help="what LoRA files are; convert, extract or merge them")
     _add_lora(loras)
     loras.set_defaults(run=lora)
+    training = commands.add_parser("train", help="train a LoRA on a folder of clips")
+    _add_train(training)
+    training.set_defaults(run=train)
     return parser
 
 
@@ -155,7 +158,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_models(parser: argparse.ArgumentParser) -> None:
+def _add_models(parser: argparse.ArgumentParser, roles: Sequence[str] = tuple(PART_OPTIONS)) -> None:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
@@ -163,7 +166,8 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         help="pony: a tiny stand-in with random weights that needs no download",
     )
     parser.add_argument("--models", type=Path, help="folder in which all parts lie (default: models)")
-    for role, (option, what) in PART_OPTIONS.items():
+    for role in roles:
+        option, what = PART_OPTIONS[role]
         parser.add_argument(option, dest=f"path_{role}", type=Path, metavar="PATH", help=f"the {what} itself")
 
 
@@ -207,12 +211,7 @@ def _gigabytes(text: str) -> float:
 
 
 def _add_compute(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(DTYPES),
-        help="of the transformers' linears and the text encoder; default: bfloat16, on a CPU float32",
-    )
-    parser.add_argument("--device", type=_device, default=None, help="default: the accelerator, else the CPU")
+    _add_device(parser)
     parser.add_argument(
         "--offload",
         choices=("auto", *OFFLOADS),
@@ -221,6 +220,15 @@ def _add_compute(parser: argparse.ArgumentParser) -> None:
         "the transformers work on pieces of the film, which changes roundings (1e-5 in float32); auto: the "
         "fastest that fits for each part, as many layers on the device as fit",
     )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of the transformers' linears and the text encoder; default: bfloat16, on a CPU float32",
+    )
+    parser.add_argument("--device", type=_device, default=None, help="default: the accelerator, else the CPU")
     parser.add_argument("--vram", type=_gigabytes, metavar="GB", help="use so much of the device's memory")
     parser.add_argument(
         "--ram", type=_gigabytes, metavar="GB", help="use so much RAM; both replace what is free"
@@ -275,6 +283,91 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     extract.add_argument("--rank", required=True, type=_rank, help="32 or 64 is common; more is nearer")
     merge.add_argument("--variant", choices=VARIANTS, help="of a file whose header and name do not tell it")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="lora", parser_class=Parser)
+    lora = kinds.add_parser("lora", help="train a LoRA on a folder of clips with captions")
+    lora.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="the clips (films with sound), each with its caption in a .txt of the same name, or all "
+        "captions in captions.jsonl",
+    )
+    lora.add_argument("--out", required=True, type=Path, help="the LoRA to write (.safetensors)")
+    lora.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    lora.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="the folder of the run: encoded clips, checkpoint, log and plot of the loss; a checkpoint in it "
+        "is gone on from (default: OUT with .run in place of .safetensors)",
+    )
+    _add_models(lora, ("transformer", "text_encoder", "video_vae", "audio_vae"))
+    lora.add_argument(
+        "--variant", choices=("base", "distill"), default="base", help="the model to train on (default: base)"
+    )
+    lora.add_argument("--steps", type=_updates, default=1000, help="updates (default: 1000)")
+    lora.add_argument("--rate", type=_rate, help="learning rate (default: 2e-4)")
+    lora.add_argument("--rank", type=_rank, help="of every change (default: 16)")
+    lora.add_argument("--alpha", type=_rate, help="the change counts alpha / rank times (default: the rank)")
+    lora.add_argument("--blocks", help="layers to train, such as 0-11,30 (default: all)")
+    lora.add_argument(
+        "--parts", type=_names, metavar="NAMES", help="of attention,mlp those to train (default: both)"
+    )
+    lora.add_argument(
+        "--copies",
+        type=_names,
+        metavar="NAMES",
+        help="of video,audio,text (in the layers with a weight for each) and shared (all others) those to "
+        "train (default: all)",
+    )
+    size = lora.add_mutually_exclusive_group()
+    size.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="multiples of 32; clips are cropped")
+    size.add_argument("--aspect", choices=tuple(PRESETS["magihuman"].sizes))
+    lora.add_argument("--seconds", type=float, help="of each clip, from its start (default: as for generate)")
+    lora.add_argument("--batch", type=_count, default=1, help="clips computed at once (default: 1)")
+    lora.add_argument("--accumulation", type=_count, default=1, help="batches of an update (default: 1)")
+    lora.add_argument("--seed", type=_seed, help="default: 0")
+    lora.add_argument(
+        "--negative", type=_text, default=DEFAULT_NEGATIVE_PROMPT, help="the negative prompt of your films"
+    )
+    _add_device(lora)
+    lora.add_argument(
+        "--resident",
+        type=_resident,
+        metavar="LAYERS|auto",
+        help="so many of the transformer's first layers stay on the device, the others come from RAM layer "
+        "by layer; auto: as many as fit (default)",
+    )
+
+
+def _updates(text: str) -> int:
+    return _whole(text, 1, 10**6)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1, 1024)
+
+
+def _resident(text: str) -> int | None:
+    return None if text == "auto" else _whole(text, 0, 1000)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _size(text: str) -> tuple[int, int]:

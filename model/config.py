@@ -172,28 +172,34 @@ class Preset:
 VARIANTS = ("base", "distill", "540p_sr", "1080p_sr")
 
 
-def _variants(global_layers: tuple[int, ...], window: int, **common: Any) -> dict[str, TransformerConfig]:
-    """The four variants: super-resolution has coordinates v1, 1080p also local layers."""
-    common = {"audio_in_channels": 64, "enable_attn_gating": True, "video_in_channels": 192, **common}
-    local = tuple(i for i in range(common["num_layers"]) if i not in global_layers)
+_COMMON = {"audio_in_channels": 64, "enable_attn_gating": True, "video_in_channels": 192}
 
-    def variant(coords: str, local_layers: tuple[int, ...] = ()) -> TransformerConfig:
-        return TransformerConfig(
-            coords_style=coords, local_attn_layers=local_layers, frame_receptive_field=window, **common
-        )
 
-    return dict(
-        zip(VARIANTS, (variant("v2"), variant("v2"), variant("v1"), variant("v1", local)), strict=True)
-    )
+def _makers(**fields: Any) -> dict[str, TransformerConfig]:
+    """The variants that make films from noise."""
+    config = TransformerConfig(coords_style="v2", local_attn_layers=(), **_COMMON, **fields)
+    return {"base": config, "distill": config}
+
+
+def _refiners(global_layers: tuple[int, ...], **fields: Any) -> dict[str, TransformerConfig]:
+    """The super-resolution variants: coordinates v1; for 1080p all but the `global_layers` are local."""
+    local = tuple(i for i in range(fields["num_layers"]) if i not in global_layers)
+
+    def variant(local_layers: tuple[int, ...]) -> TransformerConfig:
+        return TransformerConfig(coords_style="v1", local_attn_layers=local_layers, **_COMMON, **fields)
+
+    return {"540p_sr": variant(()), "1080p_sr": variant(local)}
 
 
 # fmt: off
+_MAGIHUMAN = {
+    "num_layers": 40, "hidden_size": 5120, "head_dim": 128, "num_query_groups": 8, "text_in_channels": 3584,
+    "mm_layers": (0, 1, 2, 3, 36, 37, 38, 39), "gelu7_layers": (0, 1, 2, 3), "frame_receptive_field": 11,
+}
 MAGIHUMAN = Preset(
-    transformers=_variants(
-        global_layers=(3, 7, 11, 15, 19, 23, 27, 31), window=11,
-        num_layers=40, hidden_size=5120, head_dim=128, num_query_groups=8, text_in_channels=3584,
-        mm_layers=(0, 1, 2, 3, 36, 37, 38, 39), gelu7_layers=(0, 1, 2, 3),
-    ),
+    transformers={
+        **_makers(**_MAGIHUMAN), **_refiners(global_layers=(3, 7, 11, 15, 19, 23, 27, 31), **_MAGIHUMAN)
+    },
     text_encoder=TextEncoderConfig(
         vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42,
         num_attention_heads=16, num_key_value_heads=8, head_dim=256, query_pre_attn_scalar=256,
@@ -221,18 +227,23 @@ MAGIHUMAN = Preset(
 )
 
 PONY = Preset(
-    transformers=_variants(
-        global_layers=(2,), window=2,
-        num_layers=6, hidden_size=160, head_dim=32, num_query_groups=1, text_in_channels=96,
-        mm_layers=(0, 5), gelu7_layers=(0,),
-    ),
+    transformers={
+        **_makers(
+            num_layers=6, hidden_size=160, head_dim=32, num_query_groups=1, text_in_channels=96,
+            mm_layers=(0, 5), gelu7_layers=(0,), frame_receptive_field=2,
+        ),
+        **_refiners(
+            num_layers=4, hidden_size=96, head_dim=32, num_query_groups=1, text_in_channels=96,
+            mm_layers=(0, 3), gelu7_layers=(0,), frame_receptive_field=2, global_layers=(1,),
+        ),
+    },
     text_encoder=TextEncoderConfig(
         vocab_size=512, hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, attn_logit_softcapping=50.0,
         sliding_window=4096, rope_theta=10000.0, rms_norm_eps=1e-6,
     ),
     video_vae=VideoVAEConfig(
-        dim=12, dec_dim=12, z_dim=48, dim_mult=(1, 2, 4, 4), num_res_blocks=2,
+        dim=16, dec_dim=16, z_dim=48, dim_mult=(1, 2, 4, 4), num_res_blocks=1,
         temperal_downsample=(False, True, True),
     ),
     video_decoder=VideoDecoderConfig(
@@ -244,12 +255,12 @@ PONY = Preset(
         io_channels=2, latent_dim=64, channels=8, c_mults=(1, 2, 4, 8, 16), strides=(2, 4, 4, 8, 8)
     ),
     sizes={
-        "16:9": (160, 96), "9:16": (96, 160), "1:1": (128, 128),
+        "16:9": (160, 96), "9:16": (96, 160), "1:1": (96, 96),
         "4:3": (128, 96), "3:4": (96, 128), "21:9": (224, 96),
     },
     default_aspect="1:1",
     default_seconds=2.0,
-    pixels_1080p=512 * 512,
+    pixels_1080p=288 * 288,
 )
 
 # fmt: on

@@ -8,7 +8,7 @@ class HappyHorseExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All node classes, in the order of a film."""
-        from . import compile, decoder, latent, loader, lora, plan, prompt, sampler, super_resolution
+        from . import compile, decoder, latent, loader, lora, plan, prompt, sampler, super_resolution, train
 
-        modules = (loader, lora, compile, plan, prompt, latent, sampler, super_resolution, decoder)
+        modules = (loader, lora, compile, plan, prompt, latent, sampler, super_resolution, decoder, train)
         return [node for module in modules for node in module.NODES]

@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from happyhorse import media
+from happyhorse.training.data.clip import make_clip
+from happyhorse.training.data.world import held_out
 
 RATE = media.FILM_RATE
 
@@ -293,6 +295,13 @@ def test_the_same_film_is_the_same_bytes(tmp_path: Path) -> None:
     frames, waveform = moving_frames(60), tone(2.4, RATE, 0.5, 0.25)
     first, second = (write_film(tmp_path / f"{i}.mp4", frames, waveform, {"comment": "x"}) for i in range(2))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_small_film_is_the_same_bytes_however_often_it_is_written(tmp_path: Path) -> None:
+    # this one came out in six versions of eight while the encoder's mbtree was on
+    frames = torch.from_numpy(make_clip(held_out("bounce", 1)[0], 0).frames)
+    paths = (write_film(tmp_path / f"{i}.mp4", frames, torch.zeros(2, 8820)) for i in range(8))
+    assert len({path.read_bytes() for path in paths}) == 1
 
 
 def test_parts_in_any_order_make_the_same_film(tmp_path: Path) -> None:

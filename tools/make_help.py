@@ -27,6 +27,7 @@ GROUPS = {
     "sample": "采样",
     "super-resolution": "超分辨率",
     "decode": "解码",
+    "train": "训练",
 }
 THEIRS = {"latent"}  # names of categories that the page translates itself; ours would change all nodes
 Schema = Any  # the host's io.Schema

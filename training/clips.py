@@ -7,7 +7,7 @@ Letters: F pixel frames, H height, W width, N samples.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from ..model.prompt import Tokenizer, encode_prompt
 from ..model.run_block import RunBlock
 from ..model.weight_files import open_weights, write_tensors
 from ..sampler.parts import Parts, Progress, default_vae_dtype
+from ..sampler.placement import Placement
 from .flow import Batch
 from .generators import generator
 
@@ -241,10 +242,13 @@ class Encoders:
         checkpoints: Mapping[str, Checkpoint],
         device: torch.device,
         dtype: torch.dtype,
-        placements: str = "stage",
+        placements: str | Mapping[str, Sequence[Placement]] = "stage",
         progress: Progress = lambda stage, done, total: None,  # noqa: ARG005
     ) -> "Encoders":
-        """Those of checkpoints by role (text_encoder, video_vae, audio_vae), loaded while they are used."""
+        """Those of checkpoints by role (text_encoder, video_vae, audio_vae), loaded while they are used.
+
+        `placements` as in `Parts`.
+        """
         parts = Parts(
             {role: checkpoints[role] for role in ROLES}, device, placements, dtype,
             default_vae_dtype(dtype, device), progress,

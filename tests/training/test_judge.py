@@ -145,9 +145,7 @@ def test_missing_sound_is_silence() -> None:
 
 def test_what_cannot_be_judged_is_named() -> None:
     sound = np.zeros((2, 100))
-    with pytest.raises(
-        ValueError, match=r"must be uint8 \[frames, height, width, 3\], got float32 \[1, "
-    ):
+    with pytest.raises(ValueError, match=r"must be uint8 \[frames, height, width, 3\], got float32 \[1, "):
         judge_head(np.zeros((1, 8, 8, 3), np.float32), sound, SAMPLE_RATE)
     with pytest.raises(ValueError, match=r"sound to judge must be \[channels, samples\], got \[100\]"):
         judge_bounce(np.zeros((1, 8, 8, 3), np.uint8), sound[0], SAMPLE_RATE)

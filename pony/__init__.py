@@ -1,0 +1,122 @@
+"""The pony: the whole family in miniature, its files laid out like the published ones.
+
+It is trained on two small worlds (training/data/world.py). Parts
+that are not trained yet have random weights.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..model.audio_vae import AudioVAE, published_config
+from ..model.checkpoint import storage_dtype
+from ..model.config import PONY, VARIANTS
+from ..model.geometry import FILM_RATE
+from ..model.text_encoder import TextEncoder
+from ..model.tiny_tokenizer import tiny_tokenizer
+from ..model.transformer import JointTransformer
+from ..model.video_decoder import VideoDecoder
+from ..model.video_vae import VideoVAE
+
+VERSION = "partly-trained-1"
+FOLDER = Path(__file__).parent  # of the trained parts
+FILES = {
+    **{variant: f"{variant}/model.safetensors" for variant in VARIANTS},
+    "text_encoder": "text_encoder/model.safetensors",
+    "video_vae": "wan22_vae.safetensors",
+    "video_decoder": "turbo_vae/model.safetensors",
+    "audio_vae": "audio_vae/model.safetensors",
+}
+
+
+def ensure_pony(folder: Path) -> Path:
+    """Return `folder`, written first if it does not exist; the files appear all at once or not at all."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            write_pony(work)
+            work.replace(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster with the same files
+                raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def write_pony(folder: Path, seed: int = 0) -> None:
+    """Write all parts of the miniature into the existing `folder`; random ones are drawn from `seed`."""
+    for index, (name, file) in enumerate(FILES.items()):
+        if (FOLDER / file).exists():
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(FOLDER / file, folder / file)
+        else:
+            module = untrained(name, torch.Generator("cpu").manual_seed(seed + index))
+            write_part(folder, name, module, note="random weights")
+    tokenizer = tiny_tokenizer(PONY.text_encoder.vocab_size).to_str()
+    (folder / "text_encoder" / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    pretransform = {"type": "autoencoder", "config": published_config(PONY.audio_vae)}
+    published = {"sample_rate": FILM_RATE, "model": {"pretransform": pretransform}}
+    (folder / "audio_vae" / "model_config.json").write_text(json.dumps(published), encoding="utf-8")
+
+
+def untrained(name: str, generator: torch.Generator) -> nn.Module:
+    """A part with random weights; names are those of `FILES`."""
+    module = build(name)
+    state = {key: random_weight(key, tensor, generator) for key, tensor in module.state_dict().items()}
+    module.load_state_dict(state)
+    return module
+
+
+def build(name: str) -> nn.Module:
+    """A part without weights; names are those of `FILES`."""
+    if name in VARIANTS:
+        return JointTransformer(PONY.transformers[name])
+    kinds = {
+        "text_encoder": TextEncoder,
+        "video_vae": VideoVAE,
+        "video_decoder": VideoDecoder,
+        "audio_vae": AudioVAE,
+    }
+    return kinds[name](getattr(PONY, name))
+
+
+def write_part(folder: Path, name: str, module: nn.Module, note: str) -> None:
+    """Write a part under its published names: float16, transformers bfloat16 and float32 as published."""
+    part = "transformer" if name in VARIANTS else name
+    dtype = torch.bfloat16 if part == "transformer" else torch.float16
+    prefix = "pretransform.model." if part == "audio_vae" else ""
+    state = {
+        prefix + key: tensor.detach().to("cpu", storage_dtype(part, key, dtype)).contiguous()
+        for key, tensor in module.state_dict().items()
+    }
+    header = {"format": "pt", "config": json.dumps(module.config.to_dict()), "note": note}
+    if part == "transformer":
+        header["variant"] = name
+    path = folder / FILES[name]
+    path.parent.mkdir(exist_ok=True)
+    work = path.with_name(f".{path.name}.part")
+    save_file(state, work, header)
+    work.replace(path)
+
+
+def random_weight(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A value for a parameter that keeps activations near unit size, chosen by its name and shape."""
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "bands":
+        return tensor.clone()
+    if leaf == "gamma":
+        return torch.ones_like(tensor)
+    if leaf == "weight_g":
+        return torch.full_like(tensor, 0.6)
+    if tensor.ndim < 2:  # biases, gains stored as an offset from 1, logarithms
+        return torch.zeros_like(tensor)
+    if "embed_tokens" in name:
+        return torch.randn(tensor.shape, generator=generator)
+    return torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5

@@ -1,0 +1,198 @@
+"""The node that trains a LoRA on the miniature, in this process and on a server."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+from comfy_execution.graph_utils import ExecutionBlocker
+from host import Client, Prompt
+from safetensors.torch import load_file
+
+from happyhorse import pony
+from happyhorse.media import FilmWriter
+from happyhorse.model.geometry import FILM_RATE
+from happyhorse.model.lora import Strengths
+from happyhorse.nodes import train
+from happyhorse.nodes.latents import film_latent
+from happyhorse.nodes.lora import load_lora
+from happyhorse.nodes.model import load_model
+from happyhorse.nodes.sampler import HappyHorseSampler
+from happyhorse.nodes.train import HappyHorseTrainLora
+
+SIZE, FRAMES = (32, 32), 12
+SETTINGS = {
+    "folder": "clips", "base": "pony: base", "text_encoder": "pony", "vae": "pony", "audio_vae": "pony",
+    "name": "mine", "width": 32, "height": 32, "seconds": 0.36, "steps": 3, "learning_rate": 0.01, "rank": 2,
+    "seed": 0,
+}  # fmt: skip
+
+
+def write_clips(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    times = torch.arange(FRAMES * FILM_RATE // 25) / FILM_RATE
+    for number in range(2):
+        greys = (torch.arange(FRAMES) * 20 + 60 * number) % 256
+        with FilmWriter(folder / f"{number}.mp4", *SIZE) as film:
+            film.add_audio((0.4 * torch.sin(2 * torch.pi * 440 * (number + 1) * times)).expand(2, -1))
+            film.add_frames(greys[:, None, None, None].expand(FRAMES, *SIZE, 3).to(torch.uint8))
+        (folder / f"{number}.txt").write_text("a red circle bounces slow .", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def home(pony_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of a host with two clips, and the built-in pony of all tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cached = tmp_path / "cache" / "happyhorse" / f"pony-{pony.VERSION}"
+    cached.parent.mkdir(parents=True)
+    cached.symlink_to(pony_folder, target_is_directory=True)
+    for kind in ("input", "output", "temp"):
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
+    loras = ([str(tmp_path / "loras")], {".safetensors"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", loras)
+    folder_paths.filename_list_cache.pop("loras", None)
+    write_clips(tmp_path / "input" / "clips")
+    return tmp_path
+
+
+def run(**changed: Any) -> Any:
+    """The node as the host runs it."""
+    with torch.inference_mode():
+        return HappyHorseTrainLora.execute(**SETTINGS | changed)
+
+
+def film(model: Any) -> list[torch.Tensor]:
+    states = torch.randn(1, 9, model.model.config.text_in_channels, generator=torch.manual_seed(1))
+    latent = film_latent(torch.zeros(1, 48, 3, 2, 2), torch.zeros(1, 64, 9))
+    with torch.inference_mode():
+        return HappyHorseSampler.execute(model, [[states, {}]], latent, 7, 2, 1.0)[0]["samples"].unbind()
+
+
+def test_it_trains_where_the_host_infers_and_its_model_is_the_loaded_lora(
+    home: Path, pony_folder: Path
+) -> None:
+    model = load_model(pony_folder / "distill", None, "float32")
+    plain = film(model)
+    patched, loss, name = run(model=model).args
+    assert name == "mine.safetensors" and loss.shape == (1, 500, 900, 3) and 0 <= loss.min() < loss.max() <= 1
+    written = home / "loras" / name
+    assert all(tensor.any() for tensor in load_file(written).values())
+    made = film(patched)
+    assert not any(torch.equal(a, b) for a, b in zip(made, plain, strict=True))
+    loaded = film(load_lora(model, written, Strengths())[0])
+    assert all(torch.equal(a, b) for a, b in zip(made, loaded, strict=True))
+    assert not (home / "output" / train.RUNS / "mine" / "checkpoint.pt").exists()
+
+
+def test_no_file_is_replaced_and_no_model_is_made_up(home: Path) -> None:
+    first = run(name="style/mine.safetensors")
+    assert isinstance(first[0], ExecutionBlocker) and first[2] == "style/mine.safetensors"
+    kept = (home / "loras" / "style" / "mine.safetensors").read_bytes()
+    assert run(name="style/mine", seed=1)[2] == "style/mine_00002.safetensors"
+    assert (home / "loras" / "style" / "mine.safetensors").read_bytes() == kept
+
+
+def test_an_interrupted_run_goes_on_to_the_same_lora(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(name="unbroken")
+    real, seen = comfy.model_management.throw_exception_if_processing_interrupted, []
+
+    def interrupt() -> None:
+        seen.append(1)
+        if (home / "output" / train.RUNS / "mine" / "log.jsonl").exists():
+            raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", interrupt)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run()
+    monkeypatch.setattr(comfy.model_management, "throw_exception_if_processing_interrupted", real)
+    folder = home / "output" / train.RUNS / "mine"
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 1 and (folder / "checkpoint.pt").exists()
+    assert not (home / "loras" / "mine.safetensors").exists()
+    run()
+    expected, got = (load_file(home / "loras" / f"{name}.safetensors") for name in ("unbroken", "mine"))
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"folder": "none"}, "folder: 'none' is not in"),
+        ({"folder": "../clips"}, "folder: '../clips' is not in"),
+        ({"name": "../mine"}, "name: the LoRA needs a name"),
+        ({"name": " "}, "name: the LoRA needs a name"),
+        ({"vae": "pony: turbo"}, "holds the video decoder; give the file of the part wanted here: video vae"),
+        ({"base": "pony: 540p_sr"}, "is the variant 540p_sr; a LoRA is trained on base or distill"),
+        ({"base": "no.safetensors"}, "the transformer 'no.safetensors' is not in"),
+        ({"seconds": 2.0}, "0.mp4 is too short"),
+        ({"blocks": "40"}, "blocks name layer 40"),
+        (
+            {"video": False, "audio": False, "text": False, "shared": False},
+            "copies of a LoRA must be some of",
+        ),
+        ({"resident": 99}, "layers to keep on the device must be from 0 to 6, got 99"),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(home: Path, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        run(**changed)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (home / "loras").exists() or not list((home / "loras").iterdir())
+
+
+def test_files_are_checked_before_anything_runs(home: Path) -> None:  # noqa: ARG001
+    chosen = {name: SETTINGS[name] for name in ("folder", "base", "text_encoder", "vae", "audio_vae")}
+    assert HappyHorseTrainLora.validate_inputs(**chosen) is True
+    assert "is not in" in HappyHorseTrainLora.validate_inputs(**chosen | {"folder": "other"})
+    assert "'x.gguf' is not in" in HappyHorseTrainLora.validate_inputs(**chosen | {"text_encoder": "x.gguf"})
+
+
+def test_the_fingerprint_changes_with_the_clips(home: Path) -> None:
+    before = HappyHorseTrainLora.fingerprint_inputs(**SETTINGS)
+    assert HappyHorseTrainLora.fingerprint_inputs(**SETTINGS) == before
+    (home / "input" / "clips" / "0.txt").write_text("another caption .", encoding="utf-8")
+    assert HappyHorseTrainLora.fingerprint_inputs(**SETTINGS) != before
+
+
+def graph(**changed: Any) -> Prompt:
+    """Train, and make a film at once with the result."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    return {
+        "model": node("HappyHorseLoadModel", model="pony: distill", weight_dtype="default", variant="auto"),
+        "train": node("HappyHorseTrainLora", **SETTINGS | {"model": ["model", 0]} | changed),
+        "clip": node("HappyHorseLoadTextEncoder", text_encoder="pony", weight_dtype="default", device="cpu"),
+        "text": node("HappyHorseTextEncode", clip=["clip", 0], prompt="a red circle bounces slow ."),
+        "empty": node("HappyHorseEmptyLatent", aspect="custom", width=32, height=32, seconds=0.36,
+                      batch_size=1),
+        "sampler": node("HappyHorseSampler", model=["train", 0], positive=["text", 0], latent=["empty", 0],
+                        seed=1, steps=2, denoise=1.0),
+        "keep": node("HappyHorseSaveLatent", latent=["sampler", 0], filename_prefix="latents/trained"),
+        "loss": node("SaveImage", images=["train", 1], filename_prefix="loss"),
+    }  # fmt: skip
+
+
+def test_on_a_server_a_run_is_interrupted_and_another_makes_a_film(client: Client) -> None:
+    base = client.server.base
+    shutil.rmtree(base / "input" / "clips", ignore_errors=True)
+    write_clips(base / "input" / "clips")
+    prompt = client.post(graph(name="long", steps=2000))
+    log, end = base / "output" / train.RUNS / "long" / "log.jsonl", time.monotonic() + 60
+    while not log.exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    time.sleep(1)
+    client.interrupt()
+    stopped = client.follow(prompt)
+    assert stopped.of("execution_interrupted")[0]["node_id"] == "train"
+    steps = [data for data in stopped.of("progress") if data["node"] == "train" and data["max"] == 2000]
+    assert steps and (log.parent / "checkpoint.pt").exists()
+    assert not (base / "models" / "loras" / "long.safetensors").exists()
+    done = client.run(graph(name="short"))
+    assert (base / "models" / "loras" / "short.safetensors").exists()
+    assert {file.suffix for file in done.files} >= {".png"} and done.outputs["train"]["images"]

@@ -1,0 +1,111 @@
+"""Training of the video VAE and of the light decoder."""
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from happyhorse.model.config import PONY
+from happyhorse.model.video_vae import VideoVAE, denormalize_latents
+from happyhorse.training import video_vae
+from happyhorse.training.data.pool import VideoPool
+from happyhorse.training.generators import generator
+from happyhorse.training.loop import train
+from happyhorse.training.patch_codec import PatchCodec, fit
+from happyhorse.training.video_vae import (
+    VideoDecoderStage,
+    VideoVAEStage,
+    decode_film,
+    encode_film,
+    fold_constants,
+    psnr,
+    start,
+)
+
+VAE = replace(PONY.video_vae, dim=4, dec_dim=4)
+DECODER = replace(PONY.video_decoder, decoder_block_out_channels=(4, 4, 4, 4))
+
+
+@pytest.fixture(autouse=True)
+def small_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_vae, "CROP", 32)
+    monkeypatch.setattr(video_vae, "CROPS", 1)
+
+
+@pytest.fixture(scope="module")
+def pool() -> VideoPool:
+    return VideoPool(4, 0)
+
+
+@pytest.fixture(scope="module")
+def codec(pool: VideoPool) -> PatchCodec:
+    return fit((pool.crops(1, 96, Random(i)) for i in range(8)), generator(0, "codec"))
+
+
+@pytest.fixture
+def vae() -> VideoVAE:
+    vae = VideoVAE(VAE).requires_grad_(False)
+    start(vae, generator(1))
+    return vae
+
+
+def test_two_chunks_give_what_small_chunks_give(vae: VideoVAE, pool: VideoPool) -> None:
+    film = pool.crops(1, 48, Random(0))[:, :, :21]
+    latents = encode_film(vae, film)
+    torch.testing.assert_close(latents, denormalize_latents(vae.encode(film)), rtol=0, atol=1e-5)
+    pixels = decode_film(vae, denormalize_latents(latents))
+    torch.testing.assert_close(pixels.clamp(-1, 1), vae.decode(latents), rtol=0, atol=1e-5)
+
+
+def test_folding_moves_the_latents_and_no_picture(vae: VideoVAE, pool: VideoPool) -> None:
+    film = pool.crops(1, 32, Random(0))[:, :, :9]
+    raw = encode_film(vae, film)
+    before = decode_film(vae, raw).clamp(-1, 1)
+    fold_constants(vae)
+    latents = vae.encode(film)
+    torch.testing.assert_close(latents, raw, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vae.decode(latents), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["video_vae", "video_decoder"])
+def test_training_makes_pictures_better(part: str, pool: VideoPool, codec: PatchCodec) -> None:
+    stage = _stage(part, pool, codec, steps=120)
+    figures = [stage.step(i) for i in range(36)]
+    first, last = (sum(f["loss"] for f in half) for half in (figures[:6], figures[-6:]))
+    assert last < 0.8 * first
+    assert psnr(torch.zeros(1), torch.ones(1)) == pytest.approx(6.02, abs=0.01)
+
+
+def test_the_trained_vae_has_the_codecs_latents(pool: VideoPool, codec: PatchCodec) -> None:
+    stage = _stage("video_vae", pool, codec, steps=300)
+    film = pool.crops(1, 48, Random(5))
+    before = (encode_film(stage.vae, film) - codec.encode(film)).square().mean()
+    for step in range(90):
+        stage.step(step)
+    after = (stage.trained().encode(film) - codec.encode(film)).square().mean()
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("part", ["video_vae", "video_decoder"])
+def test_a_resumed_run_equals_an_unbroken_one(
+    part: str, pool: VideoPool, codec: PatchCodec, tmp_path: Path
+) -> None:
+    def run(folder: str, steps: int) -> dict[str, torch.Tensor]:
+        stage = _stage(part, pool, codec, steps=4)
+        train(stage, tmp_path / folder, steps, title=part)
+        return stage.trained().state_dict()
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    resumed = run("parts", 4)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def _stage(part: str, pool: VideoPool, codec: PatchCodec, steps: int) -> VideoVAEStage | VideoDecoderStage:
+    if part == "video_vae":
+        return VideoVAEStage(VAE, codec, pool, steps, seed=0)
+    vae = VideoVAE(VAE)
+    start(vae, generator(1))
+    return VideoDecoderStage(DECODER, vae, pool, steps, seed=0)

@@ -1,0 +1,100 @@
+"""A LoRA from a folder of clips, as the command line and the node make it."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..model.checkpoint import Checkpoint, load
+from ..model.geometry import FilmShape
+from ..sampler.guidance import DEFAULT_NEGATIVE_PROMPT
+from ..sampler.parts import Progress, default_vae_dtype
+from ..sampler.plan import Room, plan_film
+from .clips import ROLES, Encoders, prepare_clips
+from .loop import OnStep, train
+from .lora import LoraSettings, LoraStage, targets
+from .lora_memory import lora_stage_need, resident_layers
+
+log = logging.getLogger(__name__)
+TITLE = "LoRA"
+TRAINABLE = ("base", "distill")
+
+
+@dataclass(frozen=True)
+class LoraJob:
+    """What a LoRA is made from and how.
+
+    `clips` is the folder of clips with their captions; `folder` that of the run, which keeps the encoded
+    clips, the log and the plot of the loss, and the checkpoint until the LoRA is written. An update is made
+    of `batches` batches of `batch` clips. `resident` layers stay on the device, None being as many as fit.
+    """
+
+    clips: Path
+    out: Path
+    folder: Path
+    shape: FilmShape
+    settings: LoraSettings
+    batch: int = 1
+    batches: int = 1
+    resident: int | None = None
+    negative: str = DEFAULT_NEGATIVE_PROMPT
+
+
+def prepare_lora(
+    job: LoraJob,
+    checkpoints: Mapping[str, Checkpoint],
+    device: torch.device,
+    dtype: torch.dtype,
+    room: Room,
+    progress: Progress,
+) -> LoraStage:
+    """Encode the clips and load the transformer; `close` the stage when it is no longer needed.
+
+    `checkpoints` by role: transformer, text_encoder, video_vae, audio_vae. Must not run in inference mode.
+    Raises ValueError, OSError or MemoryError naming what cannot be used, the dearest of it last.
+    """
+    transformer = checkpoints["transformer"]
+    if transformer.variant not in TRAINABLE:
+        raise ValueError(
+            f"{transformer.path} is the variant {transformer.variant}; a LoRA is trained on "
+            f"{' or '.join(TRAINABLE)}, give one of these"
+        )
+    targets(job.settings, transformer.config)
+    for name, number in (("batch", job.batch), ("batches", job.batches)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    need = lora_stage_need(transformer, job.shape, job.settings, job.batch, dtype, device)
+    resident = resident_layers(need, device, room, job.resident)
+    encoding = {role: checkpoints[role] for role in ROLES}
+    plan = plan_film(encoding, job.shape, None, dtype, default_vae_dtype(dtype, device), device)
+    placements = {role: (placement,) for role, placement in plan.closest("auto", room).items()}
+    encoders = Encoders.of(encoding, device, dtype, placements, progress)
+    data = prepare_clips(
+        job.clips, job.folder / "cache", job.shape, encoders, job.negative, device, progress, job.batch,
+        job.settings.seed,
+    )  # fmt: skip
+    if resident is not None:
+        log.info("%d of %d layers stay on %s, the others are streamed", resident, len(need.layers), device)
+
+    def told(done: int, total: int) -> None:
+        progress(f"loading the {transformer.label}", done, total)
+
+    module = load(transformer, dtype, device, resident, told)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", gradient_accumulation_steps=job.batches, mixed_precision="no"
+    )
+    return LoraStage(module, data, data.negative, job.settings, accelerator, transformer.path.name, resident)
+
+
+def train_lora(job: LoraJob, stage: LoraStage, on_step: OnStep | None = None) -> list[dict[str, float]]:
+    """Train, going on from the run's checkpoint if there is one, and write the LoRA.
+
+    Returns the figures of all steps. The checkpoint is deleted once the LoRA is there. Raises as `train`.
+    """
+    figures = train(stage, job.folder, job.settings.steps, on_step=on_step, title=TITLE)
+    stage.save(job.out)
+    (job.folder / "checkpoint.pt").unlink(missing_ok=True)
+    return figures

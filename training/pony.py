@@ -1,0 +1,180 @@
+"""The recipe of the pony: its stages one after the other, each resumable, each leaving its part in the pack.
+
+`happyhorse train pony` (or `make pony`) runs it. Every stage reads what those before it left.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from random import Random
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .. import pony
+from ..model.checkpoint import load, open_checkpoint
+from ..model.config import PONY
+from ..model.prompt import Tokenizer
+from ..model.tiny_tokenizer import tiny_tokenizer
+from ..model.transformer import JointTransformer
+from .audio_vae import AudioVAEStage, finished
+from .data.pool import Progress, VideoPool
+from .data.world import NEGATIVE_PROMPT
+from .flow import FlowSettings, FlowStage, LossWeights, initialise
+from .generators import generator
+from .loop import Stage, progress_bar, train
+from .patch_codec import PatchCodec, fit
+from .video_vae import WHOLE, VideoDecoderStage, VideoVAEStage
+from .world_data import WorldData, encode_clips
+
+CLIPS, LARGE_CLIPS = 500, 80  # in memory while the VAE is trained
+CODEC_CLIPS = 300
+LATENT_CLIPS = 4000
+BATCH = 16  # films of one world in a batch; two batches make an update
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`runs` keeps the checkpoints; trained parts are written to `out`, laid out as the pack's own pony."""
+
+    runs: Path
+    out: Path = pony.FOLDER
+    device: str = "cpu"
+    compiled: bool = False
+    steps: dict[str, int] = field(
+        default_factory=lambda: {
+            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000
+        }
+    )  # fmt: skip
+    seed: int = 0
+
+    def run(self, stages: Iterable[str]) -> None:
+        """Run the named stages; see `STAGES`."""
+        for name in stages:
+            STAGES[name](self)
+
+    def train(self, name: str, stage: Stage) -> None:
+        """Train `stage` to its end."""
+        with progress_bar(name) as on_step:
+            train(stage, self.runs / name, self.steps[name], on_step=on_step, title=name)
+
+    def write(self, name: str, module: nn.Module) -> None:
+        """Leave a trained part in the pack."""
+        pony.write_part(self.out, name, module, note="trained on two procedural worlds: docs/pony.md")
+
+    def trained(self, name: str) -> nn.Module:
+        """A part that an earlier stage has left, in float32."""
+        return load(open_checkpoint((self.out / pony.FILES[name]), None), torch.float32, self.device)
+
+    @cached_property
+    def pool(self) -> VideoPool:
+        """Pictures for the video stages."""
+        with _bar("clips") as progress:
+            return VideoPool(CLIPS, LARGE_CLIPS, progress)
+
+    @cached_property
+    def codec(self) -> PatchCodec:
+        """What the video latents are to be."""
+        path = self.runs / "codec.safetensors"
+        if not path.exists():
+            random = Random("codec")
+            films = (self.pool.crops(1, WHOLE, random) for _ in range(CODEC_CLIPS))
+            fit(films, generator(self.seed, "codec")).save(path)
+        return PatchCodec.from_file(path)
+
+    def data(self) -> WorldData:
+        """Latents of training clips with their captions."""
+        audio_vae = self.trained("audio_vae")
+        with _bar("latents") as progress, torch.inference_mode():
+            latents = encode_clips(
+                self.runs / "latents.safetensors", LATENT_CLIPS, self.codec.encode, audio_vae.encode, progress
+            )
+        return WorldData(latents, self.tokenizer, BATCH, self.seed)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The pony's tokenizer."""
+        return Tokenizer(tiny_tokenizer(PONY.text_encoder.vocab_size))
+
+    @property
+    def negative(self) -> Tensor:
+        """The tokens [1, L] that stand for no prompt."""
+        return torch.tensor([self.tokenizer.encode(NEGATIVE_PROMPT)[0]])
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Progress]:
+    with tqdm(desc=title) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def train_audio_vae(recipe: Recipe) -> None:
+    """The Oobleck VAE, on sounds alone."""
+    stage = AudioVAEStage(
+        PONY.audio_vae,
+        recipe.steps["audio_vae"],
+        seed=recipe.seed,
+        device=recipe.device,
+        compiled=recipe.compiled,
+    )
+    recipe.train("audio_vae", stage)
+    recipe.write("audio_vae", finished(stage.vae, stage.sounds[:100, None].expand(-1, 2, -1)))
+
+
+def train_video_vae(recipe: Recipe) -> None:
+    """The Wan2.2 VAE, towards the latents of the codec."""
+    stage = VideoVAEStage(
+        PONY.video_vae, recipe.codec, recipe.pool, recipe.steps["video_vae"], recipe.seed, recipe.device
+    )
+    recipe.train("video_vae", stage)
+    recipe.write("video_vae", stage.trained())
+
+
+def train_video_decoder(recipe: Recipe) -> None:
+    """The light decoder, on the latents of the trained VAE."""
+    stage = VideoDecoderStage(
+        PONY.video_decoder,
+        recipe.trained("video_vae"),
+        recipe.pool,
+        recipe.steps["video_decoder"],
+        recipe.seed,
+        recipe.device,
+    )
+    recipe.train("video_decoder", stage)
+    recipe.write("video_decoder", stage.trained())
+
+
+def train_base(recipe: Recipe) -> None:
+    """The base transformer together with its text encoder, by flow matching."""
+    on_cpu = recipe.device == "cpu"  # where bfloat16 is slower
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    transformer = JointTransformer(PONY.transformers["base"], compute_dtype=dtype)
+    text_encoder = pony.build("text_encoder")
+    initialise(transformer, recipe.seed)
+    initialise(text_encoder, recipe.seed + 1)
+    accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=2)
+    settings = FlowSettings(recipe.steps["base"], recipe.seed, weights=LossWeights(first_frame=2.0))
+    stage = FlowStage(
+        transformer, recipe.data(), recipe.negative, settings, accelerator, text_encoder, recipe.compiled
+    )
+    recipe.train("base", stage)
+    stage.ema.copy_to(stage.networks)
+    recipe.write("base", transformer)
+    recipe.write("text_encoder", text_encoder)
+
+
+STAGES: dict[str, Callable[[Recipe], None]] = {
+    "audio_vae": train_audio_vae,
+    "video_vae": train_video_vae,
+    "video_decoder": train_video_decoder,
+    "base": train_base,
+}

@@ -104,7 +104,7 @@ def matching_loss(
     noise: Latents,
     conditions: FilmConditions,
 ) -> Tensor:
-    """A loss whose gradient in `film` is the distribution matching one, DMD2, equations 2 and 3.
+    """A loss whose gradient in `film` is that of distribution matching, weighted as in arXiv:2311.18828.
 
     It is fake's minus teacher's prediction of the clean film from `film` at the noise levels `sigma` [B],
     over the mean distance of film and teacher's prediction. Both functions return velocities: a prediction is

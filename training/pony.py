@@ -24,22 +24,28 @@ from ..model.transformer import JointTransformer
 from .audio_vae import AudioVAEStage, finished
 from .data.pool import Progress, VideoPool
 from .data.world import NEGATIVE_PROMPT
+from .dmd2 import Dmd2Settings, Dmd2Stage
 from .flow import FlowSettings, FlowStage, LossWeights, initialise
 from .generators import generator
 from .loop import Stage, progress_bar, train
 from .patch_codec import PatchCodec, fit
+from .super_resolution import (
+    PairData,
+    SuperResolutionSettings,
+    SuperResolutionStage,
+    encode_large_clips,
+)
 from .video_vae import WHOLE, VideoDecoderStage, VideoVAEStage
 from .world_data import WorldData, encode_clips
-
-CLIPS, LARGE_CLIPS = 500, 80  # in memory while the VAE is trained
-CODEC_CLIPS = 300
-LATENT_CLIPS = 4000
-BATCH = 16  # films of one world in a batch; two batches make an update
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`runs` keeps the checkpoints; trained parts are written to `out`, laid out as the pack's own pony."""
+    """`runs` keeps the checkpoints; trained parts are written to `out`, laid out as the pack's own pony.
+
+    `clips` are in memory while the video VAE is trained, of one size and of twice that; latents of
+    `latent_clips` train the transformers, `batch` films of each world in an update.
+    """
 
     runs: Path
     out: Path = pony.FOLDER
@@ -47,9 +53,14 @@ class Recipe:
     compiled: bool = False
     steps: dict[str, int] = field(
         default_factory=lambda: {
-            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000
+            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 400,
+            "super_resolution": 2000,
         }
     )  # fmt: skip
+    clips: tuple[int, int] = (500, 80)
+    latent_clips: int = 4000
+    large_latent_clips: int = 1500
+    batch: int = 16
     seed: int = 0
 
     def run(self, stages: Iterable[str]) -> None:
@@ -67,14 +78,14 @@ class Recipe:
         pony.write_part(self.out, name, module, note="trained on two procedural worlds: docs/pony.md")
 
     def trained(self, name: str) -> nn.Module:
-        """A part that an earlier stage has left, in float32."""
-        return load(open_checkpoint((self.out / pony.FILES[name]), None), torch.float32, self.device)
+        """A part that an earlier stage has left."""
+        return load(open_checkpoint(self.out / pony.FILES[name]), self.compute_dtype, self.device)
 
     @cached_property
     def pool(self) -> VideoPool:
         """Pictures for the video stages."""
         with _bar("clips") as progress:
-            return VideoPool(CLIPS, LARGE_CLIPS, progress)
+            return VideoPool(*self.clips, progress)
 
     @cached_property
     def codec(self) -> PatchCodec:
@@ -82,7 +93,7 @@ class Recipe:
         path = self.runs / "codec.safetensors"
         if not path.exists():
             random = Random("codec")
-            films = (self.pool.crops(1, WHOLE, random) for _ in range(CODEC_CLIPS))
+            films = (self.pool.crops(1, WHOLE, random) for _ in range(300))
             fit(films, generator(self.seed, "codec")).save(path)
         return PatchCodec.from_file(path)
 
@@ -90,10 +101,19 @@ class Recipe:
         """Latents of training clips with their captions."""
         audio_vae = self.trained("audio_vae")
         with _bar("latents") as progress, torch.inference_mode():
-            latents = encode_clips(
-                self.runs / "latents.safetensors", LATENT_CLIPS, self.codec.encode, audio_vae.encode, progress
-            )
-        return WorldData(latents, self.tokenizer, BATCH, self.seed)
+            path = self.runs / "latents.safetensors"
+            latents = encode_clips(path, self.latent_clips, self.codec.encode, audio_vae.encode, progress)
+        return WorldData(latents, self.tokenizer, self.batch, self.seed)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the transformers' layers compute in; on CPUs bfloat16 is slower."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """One that makes an update of a batch of each world."""
+        return Accelerator(cpu=self.device == "cpu", gradient_accumulation_steps=2)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -155,16 +175,19 @@ def train_video_decoder(recipe: Recipe) -> None:
 
 def train_base(recipe: Recipe) -> None:
     """The base transformer together with its text encoder, by flow matching."""
-    on_cpu = recipe.device == "cpu"  # where bfloat16 is slower
-    dtype = torch.float32 if on_cpu else torch.bfloat16
-    transformer = JointTransformer(PONY.transformers["base"], compute_dtype=dtype)
+    transformer = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.compute_dtype)
     text_encoder = pony.build("text_encoder")
     initialise(transformer, recipe.seed)
     initialise(text_encoder, recipe.seed + 1)
-    accelerator = Accelerator(cpu=on_cpu, gradient_accumulation_steps=2)
     settings = FlowSettings(recipe.steps["base"], recipe.seed, weights=LossWeights(first_frame=2.0))
     stage = FlowStage(
-        transformer, recipe.data(), recipe.negative, settings, accelerator, text_encoder, recipe.compiled
+        transformer,
+        recipe.data(),
+        recipe.negative,
+        settings,
+        recipe.accelerator,
+        text_encoder,
+        recipe.compiled,
     )
     recipe.train("base", stage)
     stage.ema.copy_to(stage.networks)
@@ -172,9 +195,51 @@ def train_base(recipe: Recipe) -> None:
     recipe.write("text_encoder", text_encoder)
 
 
+def train_distill(recipe: Recipe) -> None:
+    """The few-step student of the base, by DMD-2."""
+    stage = Dmd2Stage(
+        recipe.trained("base"),
+        recipe.data(),
+        recipe.negative,
+        Dmd2Settings(recipe.seed),
+        recipe.accelerator,
+        recipe.trained("text_encoder"),
+        recipe.compiled,
+    )
+    recipe.train("distill", stage)
+    recipe.write("distill", stage.trained())
+
+
+def train_super_resolution(recipe: Recipe) -> None:
+    """One super-resolution transformer for both variants; in the larger one it sees windows of frames."""
+    transformer = JointTransformer(PONY.transformers["540p_sr"], compute_dtype=recipe.compute_dtype)
+    initialise(transformer, recipe.seed)
+    small = recipe.data()
+    with _bar("large latents") as progress, torch.inference_mode():
+        path = recipe.runs / "large_latents.safetensors"
+        large = encode_large_clips(path, recipe.large_latent_clips, recipe.codec.encode, progress)
+    stage = SuperResolutionStage(
+        transformer,
+        PairData(small.latents, large, recipe.tokenizer, recipe.batch // 4, recipe.seed),
+        recipe.negative,
+        SuperResolutionSettings(recipe.steps["super_resolution"], recipe.seed),
+        recipe.accelerator,
+        recipe.trained("text_encoder"),
+        recipe.compiled,
+    )
+    recipe.train("super_resolution", stage)
+    stage.ema.copy_to(stage.networks)
+    windowed = pony.build("1080p_sr")
+    windowed.load_state_dict(transformer.state_dict())
+    recipe.write("540p_sr", transformer)
+    recipe.write("1080p_sr", windowed)
+
+
 STAGES: dict[str, Callable[[Recipe], None]] = {
     "audio_vae": train_audio_vae,
     "video_vae": train_video_vae,
     "video_decoder": train_video_decoder,
     "base": train_base,
+    "distill": train_distill,
+    "super_resolution": train_super_resolution,
 }

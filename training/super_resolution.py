@@ -61,7 +61,7 @@ def encode_large_clips(
             progress(index + 1, count)
         part = path.with_name(f".{path.name}.part")
         try:
-            save_file({"video": torch.cat(found)}, part)
+            save_file({"video": torch.cat(found).contiguous()}, part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -38,7 +38,7 @@ def encode_clips(
             found["audio"].append(encode_audio(torch.from_numpy(clip.sound)[None]).half())
             progress(index + 1, count)
         part = path.with_name(f".{path.name}.part")
-        save_file({name: torch.cat(latents) for name, latents in found.items()}, part)
+        save_file({name: torch.cat(latents).contiguous() for name, latents in found.items()}, part)
         part.replace(path)
     latents = load_file(path)
     if len(latents["video"]) != count:

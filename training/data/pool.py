@@ -12,8 +12,6 @@ from .world import Attributes, training_attributes
 
 GRID = 16  # pixels of a latent; most crops lie on it, as they do in whole pictures
 
-GRID = 16  # pixels of a latent; most crops lie on it, as they do in whole pictures
-
 Progress = Callable[[int, int], None]
 
 

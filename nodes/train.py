@@ -93,7 +93,7 @@ class HappyHorseTrainLora(io.ComfyNode):
                 io.Float.Input("learning_rate", default=2e-4, min=1e-7, max=1.0, step=1e-5, round=1e-7,
                                tooltip="How far an update goes: lower it where the loss jumps."),
                 whole("rank", 16, 1, 1024, "Of every change: more can hold more, and takes more memory."),
-                whole("seed", 0, 0, 2**32 - 1, "Same seed, same LoRA on the same device."),
+                whole("seed", 0, 0, 2**32 - 1, "Of the noise and of the order of the clips."),
                 io.Model.Input("model", optional=True,
                                tooltip="A model that the LoRA shall be applied to, such as distill: it comes "
                                "out with it."),

@@ -12,6 +12,7 @@ BELOW = {
     "kernels": set(),
     "model": {"kernels"},
     "sampler": {"kernels", "model", "media"},
+    "training": {"kernels", "model", "sampler", "media", "pony"},
 }  # what each may import
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "node_helpers", "nodes"}
 
@@ -36,7 +37,7 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("folder", BELOW)
 def test_each_folder_imports_only_what_lies_below_it(folder: str) -> None:
-    files = list((ROOT / folder).glob("*.py"))
+    files = list((ROOT / folder).rglob("*.py"))
     assert files
     for file in files:
         own = {name[1:] for name in imported(file) if name.startswith(".")}
@@ -52,6 +53,19 @@ def test_nothing_outside_the_nodes_needs_the_host(file: str) -> None:
 def test_the_nodes_are_used_by_the_host_alone() -> None:
     for file in [*ROOT.glob("*.py"), *(file for folder in BELOW for file in (ROOT / folder).glob("*.py"))]:
         assert file.name == "__init__.py" or ".nodes" not in imported(file), file
+
+
+def test_inference_does_without_the_training() -> None:
+    """Neither the command line nor a node takes in, when it is loaded, what only training needs."""
+    code = "import sys, happyhorse.cli; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = result.stdout.split()
+    assert "happyhorse.train_cli" in loaded and "accelerate" not in loaded
+    assert not [name for name in loaded if name.startswith("happyhorse.training")]
+    for file in (ROOT / "nodes").glob("*.py"):
+        lines = ast.parse(file.read_text(encoding="utf-8")).body
+        modules = [line.module or "" for line in lines if isinstance(line, ast.ImportFrom) and line.level]
+        assert not [name for name in modules if name.split(".")[0] == "training"], file
 
 
 @pytest.mark.parametrize("command", [["-m", "happyhorse"], [str(ROOT)]])

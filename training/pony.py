@@ -160,10 +160,10 @@ def train_video_vae(recipe: Recipe) -> None:
 
 
 def train_video_decoder(recipe: Recipe) -> None:
-    """The light decoder, on the latents of the trained VAE."""
+    """The light decoder, on the same latents."""
     stage = VideoDecoderStage(
         PONY.video_decoder,
-        recipe.trained("video_vae"),
+        recipe.codec,
         recipe.pool,
         recipe.steps["video_decoder"],
         recipe.seed,

@@ -22,8 +22,9 @@ from .patch_codec import PatchCodec
 
 LATENT_NOISE = 0.05  # added in training: small changes of latents must be small changes of pictures
 MUON_RATE, ADAM_RATE, EMA_DECAY = 0.012, 2e-3, 0.995
-CROP, CROPS = 48, 2  # until CROP_SHARE of the run; then whole pictures, one a step
-CROP_SHARE, WHOLE = 0.6, 96
+WHOLE = 96  # pixels a side of a training clip
+# (how many, side) crops make a step until CROP_SHARE of the run, and then
+EARLY_CROPS, LATE_CROPS, DECODER_LATE_CROPS, CROP_SHARE = (2, 48), (1, WHOLE), (2, 64), 0.6
 MOTION_WEIGHT, FIRST_FRAME_WEIGHT, EDGE_WEIGHT = 4.0, 2.0, 0.5
 ENCODER_EVERY, OWN_LATENTS = 3, 0.7  # steps; the share of the run after which the decoder sees its encoder
 
@@ -54,7 +55,7 @@ class VideoVAEStage:
 
     def step(self, step: int) -> dict[str, float]:
         """Reconstruct crops, and follow the gradient."""
-        video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
+        video = _crops(self.pool, LATE_CROPS, step, self.steps, self.seed).to(self.device)
         target = self.codec.encode(video)
         figures: dict[str, float] = {}
         seen = target
@@ -92,12 +93,12 @@ class VideoVAEStage:
 
 
 class VideoDecoderStage:
-    """Trains the light decoder on the latents of a trained VAE; see training/loop.py for the methods."""
+    """Trains the light decoder on the latents of `codec`; see training/loop.py for the methods."""
 
     def __init__(
         self,
         config: VideoDecoderConfig,
-        vae: VideoVAE,
+        codec: PatchCodec,
         pool: VideoPool,
         steps: int,
         seed: int,
@@ -106,17 +107,15 @@ class VideoDecoderStage:
         self.decoder = VideoDecoder(config)
         start(self.decoder, generator(seed, "start"))
         self.decoder.to(device)
-        self.vae = vae.to(device).requires_grad_(False)
-        self.pool, self.steps, self.seed, self.device = pool, steps, seed, device
+        self.codec, self.pool, self.steps, self.seed, self.device = codec, pool, steps, seed, device
         self.optimizers = optimizers(self.decoder, MUON_RATE, ADAM_RATE)
         self.ema = Ema(self.decoder, EMA_DECAY)
         self.fingerprint = {"part": "video_decoder", **config.to_dict(), "steps": steps, "seed": seed}
 
     def step(self, step: int) -> dict[str, float]:
         """Decode the latents of crops, and follow the gradient."""
-        video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
-        with torch.no_grad():
-            latents = self.vae.encode(video)
+        video = _crops(self.pool, DECODER_LATE_CROPS, step, self.steps, self.seed).to(self.device)
+        latents = self.codec.encode(video)
         noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", step)).to(self.device)
         loss, psnr = picture_loss(self.decoder.decode(latents + LATENT_NOISE * noise), video)
         loss.backward()
@@ -138,9 +137,8 @@ class VideoDecoderStage:
         return decoder
 
 
-def _crops(pool: VideoPool, step: int, steps: int, seed: int) -> Tensor:
-    random = Random(f"{seed} crops {step}")
-    return pool.crops(CROPS, CROP, random) if step < CROP_SHARE * steps else pool.crops(1, WHOLE, random)
+def _crops(pool: VideoPool, late: tuple[int, int], step: int, steps: int, seed: int) -> Tensor:
+    return pool.crops(*(EARLY_CROPS if step < CROP_SHARE * steps else late), Random(f"{seed} crops {step}"))
 
 
 def encode_film(vae: VideoVAE, video: Tensor) -> Tensor:

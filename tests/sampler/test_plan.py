@@ -1,15 +1,13 @@
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from happyhorse.model.audio_vae import CHUNK, AudioVAE
 from happyhorse.model.checkpoint import load, open_checkpoint
@@ -43,43 +41,6 @@ HALF, WHOLE = torch.bfloat16, torch.float32
 
 # Activations: what is planned against the tensors that the networks hold. On the meta device tensors have
 # sizes and no values, so networks of full size are no work.
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all living tensors made while it is active, but for those of `module`."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._known = {id_of(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        self._views: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        made = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and id_of(tensor) not in self._known:
-                self._count(tensor)
-        return made
-
-    def _count(self, tensor: Tensor) -> None:
-        storage, num_bytes = id_of(tensor), tensor.untyped_storage().nbytes()
-        if storage not in self._views:
-            self._now += num_bytes
-            self.peak = max(self.peak, self._now)
-        self._views[storage] = self._views.get(storage, 0) + 1
-        weakref.finalize(tensor, self._forget, storage, num_bytes)
-
-    def _forget(self, storage: int, num_bytes: int) -> None:
-        self._views[storage] -= 1
-        if not self._views[storage]:
-            del self._views[storage]
-            self._now -= num_bytes
-
-
-def id_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def peak(module: nn.Module, run: Callable[[], object]) -> int:

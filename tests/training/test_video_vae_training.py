@@ -30,8 +30,8 @@ DECODER = replace(PONY.video_decoder, decoder_block_out_channels=(4, 4, 4, 4))
 
 @pytest.fixture(autouse=True)
 def small_crops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_vae, "CROP", 32)
-    monkeypatch.setattr(video_vae, "CROPS", 1)
+    for name in ("EARLY_CROPS", "LATE_CROPS", "DECODER_LATE_CROPS"):
+        monkeypatch.setattr(video_vae, name, (2, 32))
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,4 @@ def test_a_resumed_run_equals_an_unbroken_one(
 def _stage(part: str, pool: VideoPool, codec: PatchCodec, steps: int) -> VideoVAEStage | VideoDecoderStage:
     if part == "video_vae":
         return VideoVAEStage(VAE, codec, pool, steps, seed=0)
-    vae = VideoVAE(VAE)
-    start(vae, generator(1))
-    return VideoDecoderStage(DECODER, vae, pool, steps, seed=0)
+    return VideoDecoderStage(DECODER, codec, pool, steps, seed=0)

@@ -471,14 +471,14 @@ def _largest_tile(config: VideoDecoderConfig, shape: FilmShape, tiles: int) -> i
 def _wan_decoder(config: VideoVAEConfig, shape: FilmShape, size: int) -> float:
     # The first block at full size works on two widths, beside two frames of the past of every convolution:
     # together 46 frames of one width. There are four frames of pixels at a time, and those before them.
-    pixels = shape.width * shape.height
-    return pixels * (46.5 * config.dec_dim / 4 * size + 2 * 4 * 3 * 4) + _latents(shape)
+    pixels, frames = shape.width * shape.height, 38.5 + 4 * config.num_res_blocks
+    return pixels * (frames * config.dec_dim / 4 * size + 2 * 4 * 3 * 4) + _latents(shape)
 
 
 def _video_encoder(config: VideoVAEConfig, shape: FilmShape, size: int) -> float:
     # 15 frames of the first width, most of them the past that a picture alone does not need; then the patches
-    pixels = shape.width * shape.height
-    return pixels * (15.3 * config.dim / 4 * size + 9 * size + 3 * 4)
+    pixels, frames = shape.width * shape.height, 7.3 + 4 * config.num_res_blocks
+    return pixels * (frames * config.dim / 4 * size + 9 * size + 3 * 4)
 
 
 def _latents(shape: FilmShape) -> int:

@@ -38,6 +38,8 @@ from .super_resolution import (
 from .video_vae import WHOLE, VideoDecoderStage, VideoVAEStage
 from .world_data import WorldData, encode_clips
 
+ROUNDS = {"video_vae": 2}  # of so many steps, each with falling learning rates
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -70,8 +72,9 @@ class Recipe:
 
     def train(self, name: str, stage: Stage) -> None:
         """Train `stage` to its end."""
+        steps = self.steps[name] * ROUNDS.get(name, 1)
         with progress_bar(name) as on_step:
-            train(stage, self.runs / name, self.steps[name], on_step=on_step, title=name)
+            train(stage, self.runs / name, steps, on_step=on_step, title=name)
 
     def write(self, name: str, module: nn.Module) -> None:
         """Leave a trained part in the pack."""

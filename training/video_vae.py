@@ -23,17 +23,17 @@ from .patch_codec import PatchCodec
 LATENT_NOISE = 0.05  # added in training: small changes of latents must be small changes of pictures
 MUON_RATE, ADAM_RATE, EMA_DECAY = 0.012, 2e-3, 0.995
 WHOLE = 96  # pixels a side of a training clip
-# (how many, side) crops make a step until CROP_SHARE of the run, and then
-EARLY_CROPS, LATE_CROPS, DECODER_LATE_CROPS, CROP_SHARE = (2, 48), (1, WHOLE), (2, 64), 0.6
+# (how many, side) crops make a step until CROP_SHARE of the first round, and then
+EARLY_CROPS, LATE_CROPS, CROP_SHARE = (2, 48), (2, 64), 0.6
 MOTION_WEIGHT, FIRST_FRAME_WEIGHT, EDGE_WEIGHT = 4.0, 2.0, 0.5
-ENCODER_EVERY, OWN_LATENTS = 3, 0.7  # steps; the share of the run after which the decoder sees its encoder
+ENCODER_EVERY, OWN_LATENTS = 3, 0.7  # steps; share of the first round before the decoder sees its encoder
 
 
 class VideoVAEStage:
     """Trains the encoder towards the latents of `codec`, and the decoder from them; see training/loop.py.
 
-    The encoder learns faster and is trained in every third step. For the last part of the run the decoder
-    sees the encoder's own latents.
+    The encoder learns faster and is trained in every third step. From the last part of the first round on,
+    the decoder sees the encoder's own latents in every other step. `steps` are those of a round.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class VideoVAEStage:
 
     def step(self, step: int) -> dict[str, float]:
         """Reconstruct crops, and follow the gradient."""
-        video = _crops(self.pool, LATE_CROPS, step, self.steps, self.seed).to(self.device)
+        video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
         target = self.codec.encode(video)
         figures: dict[str, float] = {}
         seen = target
-        own = step >= OWN_LATENTS * self.steps
+        own = step >= OWN_LATENTS * self.steps and step % 2 == 1
         if own or step % ENCODER_EVERY == 0:
             with torch.set_grad_enabled(step % ENCODER_EVERY == 0):
                 latents = encode_film(self.vae, video)
@@ -72,7 +72,7 @@ class VideoVAEStage:
         film = decode_film(self.vae, seen + LATENT_NOISE * noise)
         loss, figures["psnr"] = picture_loss(film, video)
         loss.backward()
-        update(self.vae, self.optimizers, self.ema, decayed(step, self.steps, flat=0.1) ** 2)
+        update(self.vae, self.optimizers, self.ema, round_rate(step, self.steps))
         return {"loss": loss.item(), **figures}
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class VideoVAEStage:
 
 
 class VideoDecoderStage:
-    """Trains the light decoder on the latents of `codec`; see training/loop.py for the methods."""
+    """Trains the light decoder on the latents of `codec`, in rounds of `steps`; see training/loop.py."""
 
     def __init__(
         self,
@@ -114,12 +114,12 @@ class VideoDecoderStage:
 
     def step(self, step: int) -> dict[str, float]:
         """Decode the latents of crops, and follow the gradient."""
-        video = _crops(self.pool, DECODER_LATE_CROPS, step, self.steps, self.seed).to(self.device)
+        video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
         latents = self.codec.encode(video)
         noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", step)).to(self.device)
         loss, psnr = picture_loss(self.decoder.decode(latents + LATENT_NOISE * noise), video)
         loss.backward()
-        update(self.decoder, self.optimizers, self.ema, decayed(step, self.steps, flat=0.1) ** 2)
+        update(self.decoder, self.optimizers, self.ema, round_rate(step, self.steps))
         return {"loss": loss.item(), "psnr": psnr}
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,8 +137,17 @@ class VideoDecoderStage:
         return decoder
 
 
-def _crops(pool: VideoPool, late: tuple[int, int], step: int, steps: int, seed: int) -> Tensor:
-    return pool.crops(*(EARLY_CROPS if step < CROP_SHARE * steps else late), Random(f"{seed} crops {step}"))
+def _crops(pool: VideoPool, step: int, steps: int, seed: int) -> Tensor:
+    kind = EARLY_CROPS if step < CROP_SHARE * steps else LATE_CROPS
+    return pool.crops(*kind, Random(f"{seed} crops {step}"))
+
+
+def round_rate(step: int, steps: int) -> float:
+    """The share of the learning rate at `step`: it falls to nothing in `steps`, then again from half as high.
+
+    Warm restarts (arXiv:1608.03983): a run can go on for another round where one was not enough.
+    """
+    return 0.5 ** (step // steps) * decayed(step % steps, steps, flat=0.1) ** 2
 
 
 def encode_film(vae: VideoVAE, video: Tensor) -> Tensor:

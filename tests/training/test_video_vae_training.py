@@ -21,6 +21,7 @@ from happyhorse.training.video_vae import (
     encode_film,
     fold_constants,
     psnr,
+    round_rate,
     start,
 )
 
@@ -30,7 +31,7 @@ DECODER = replace(PONY.video_decoder, decoder_block_out_channels=(4, 4, 4, 4))
 
 @pytest.fixture(autouse=True)
 def small_crops(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("EARLY_CROPS", "LATE_CROPS", "DECODER_LATE_CROPS"):
+    for name in ("EARLY_CROPS", "LATE_CROPS"):
         monkeypatch.setattr(video_vae, name, (2, 32))
 
 
@@ -86,6 +87,13 @@ def test_the_trained_vae_has_the_codecs_latents(pool: VideoPool, codec: PatchCod
         stage.step(step)
     after = (stage.trained().encode(film) - codec.encode(film)).square().mean()
     assert after < 0.9 * before
+
+
+def test_rates_fall_in_every_round_and_start_lower_in_the_next() -> None:
+    rates = [round_rate(step, 1000) for step in range(2000)]
+    assert max(rates[:1000]) == 1 and max(rates[1000:]) == 0.5
+    assert rates[999] < 1e-3 and rates[1999] < 1e-3
+    assert rates[20:1000] == sorted(rates[20:1000], reverse=True)
 
 
 @pytest.mark.parametrize("part", ["video_vae", "video_decoder"])

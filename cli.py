@@ -42,7 +42,7 @@ from .sampler.placement import is_out_of_memory
 from .sampler.plan import GB, Plan, plan_film, require_fit, room_on
 from .sampler.stages import RECIPES
 from .save_workflow import save_workflow
-from .train_cli import run_train
+from .train_cli import run_train, run_train_pony
 
 log = logging.getLogger("happyhorse")
 
@@ -280,5 +280,8 @@ def _lora(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.kind == "pony":
+        run_train_pony(options)
+        return
     _check_output(options.out, ".safetensors")
     sys.stdout.write(f"{run_train(options, Bars)}\n")

@@ -23,6 +23,9 @@ from .sampler.placement import OFFLOADS
 
 Command = Callable[[argparse.Namespace], int | None]  # its exit code, None is 0
 LORA_STRENGTHS = (*MODALITIES, "shared")
+PONY_STAGES = (
+    "audio_vae", "video_vae", "video_decoder", "base", "distill", "super_resolution", "measure"
+)  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PART_OPTIONS = {
     "transformer": ("--model", "transformer"),
@@ -81,7 +84,7 @@ def parser(
     loras = commands.add_parser("lora", help="what LoRA files are; convert, extract or merge them")
     _add_lora(loras)
     loras.set_defaults(run=lora)
-    training = commands.add_parser("train", help="train a LoRA on a folder of clips")
+    training = commands.add_parser("train", help="train a LoRA on a folder of clips, or the pony anew")
     _add_train(training)
     training.set_defaults(run=train)
     return parser
@@ -285,8 +288,28 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
     merge.add_argument("--variant", choices=VARIANTS, help="of a file whose header and name do not tell it")
 
 
+def _add_train_pony(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "stages", nargs="*", default=list(PONY_STAGES), choices=PONY_STAGES, metavar="STAGE",
+        help=f"of {', '.join(PONY_STAGES)}; each needs those before it (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("pony-runs"),
+        metavar="FOLDER",
+        help="checkpoints, logs and plots; what is there is gone on from (default: pony-runs)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for the trained parts (default: the pack's own pony)"
+    )
+    parser.add_argument("--device", type=_device, help="default: the accelerator, else the CPU")
+    parser.add_argument("--compile", action="store_true", help="compile layers: faster, needs a C++ compiler")
+
+
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="lora", parser_class=Parser)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="lora | pony", parser_class=Parser)
+    _add_train_pony(kinds.add_parser("pony", help="train the built-in miniature again: hours on a CPU"))
     lora = kinds.add_parser("lora", help="train a LoRA on a folder of clips with captions")
     lora.add_argument(
         "--data",

@@ -1,4 +1,4 @@
-"""`happyhorse train`: a LoRA from a folder of clips."""
+"""`happyhorse train`: a LoRA from a folder of clips, or the pony."""
 
 import argparse
 from collections.abc import Callable
@@ -52,6 +52,15 @@ def run_train(options: argparse.Namespace, bars: Callable[[], AbstractContextMan
             f"out of memory ({str(error).splitlines()[0]}); try fewer layers on the device (--resident), "
             "fewer --seconds, a smaller --size or --batch 1"
         ) from error
+
+
+def run_train_pony(options: argparse.Namespace) -> None:
+    """Train the miniature's stages as the options say; must not run in inference mode."""
+    from .pony import FOLDER
+    from .training.pony import Recipe
+
+    device = options.device or default_device()
+    Recipe(options.runs, options.out or FOLDER, str(device), options.compile).run(options.stages)
 
 
 def _train(

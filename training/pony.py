@@ -25,6 +25,7 @@ from .audio_vae import AudioVAEStage, finished
 from .data.pool import Progress, VideoPool
 from .data.world import NEGATIVE_PROMPT
 from .dmd2 import Dmd2Settings, Dmd2Stage
+from .evaluate import measure
 from .flow import FlowSettings, FlowStage, LossWeights, initialise
 from .generators import generator
 from .loop import Stage, progress_bar, train
@@ -60,6 +61,7 @@ class Recipe:
         }
     )  # fmt: skip
     clips: tuple[int, int] = (500, 80)
+    codec_films: int = 300
     latent_clips: int = 4000
     large_latent_clips: int = 1500
     batch: int = 16
@@ -96,17 +98,17 @@ class Recipe:
         path = self.runs / "codec.safetensors"
         if not path.exists():
             random = Random("codec")
-            films = (self.pool.crops(1, WHOLE, random) for _ in range(300))
+            films = (self.pool.crops(1, WHOLE, random) for _ in range(self.codec_films))
             fit(films, generator(self.seed, "codec")).save(path)
         return PatchCodec.from_file(path)
 
-    def data(self) -> WorldData:
-        """Latents of training clips with their captions."""
+    def data(self, films: int) -> WorldData:
+        """Latents of training clips with their captions, so many films of a world in a batch."""
         audio_vae = self.trained("audio_vae")
         with _bar("latents") as progress, torch.inference_mode():
             path = self.runs / "latents.safetensors"
             latents = encode_clips(path, self.latent_clips, self.codec.encode, audio_vae.encode, progress)
-        return WorldData(latents, self.tokenizer, self.batch, self.seed)
+        return WorldData(latents, self.tokenizer, films, self.seed)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -185,7 +187,7 @@ def train_base(recipe: Recipe) -> None:
     settings = FlowSettings(recipe.steps["base"], recipe.seed, weights=LossWeights(first_frame=2.0))
     stage = FlowStage(
         transformer,
-        recipe.data(),
+        recipe.data(recipe.batch),
         recipe.negative,
         settings,
         recipe.accelerator,
@@ -202,9 +204,9 @@ def train_distill(recipe: Recipe) -> None:
     """The few-step student of the base, by DMD-2."""
     stage = Dmd2Stage(
         recipe.trained("base"),
-        recipe.data(),
+        recipe.data(recipe.batch // 3),
         recipe.negative,
-        Dmd2Settings(recipe.seed),
+        Dmd2Settings(recipe.seed, video_guidance=1.5, audio_guidance=1.2),
         recipe.accelerator,
         recipe.trained("text_encoder"),
         recipe.compiled,
@@ -217,13 +219,13 @@ def train_super_resolution(recipe: Recipe) -> None:
     """One super-resolution transformer for both variants; in the larger one it sees windows of frames."""
     transformer = JointTransformer(PONY.transformers["540p_sr"], compute_dtype=recipe.compute_dtype)
     initialise(transformer, recipe.seed)
-    small = recipe.data()
+    small = recipe.data(recipe.batch // 4)
     with _bar("large latents") as progress, torch.inference_mode():
         path = recipe.runs / "large_latents.safetensors"
         large = encode_large_clips(path, recipe.large_latent_clips, recipe.codec.encode, progress)
     stage = SuperResolutionStage(
         transformer,
-        PairData(small.latents, large, recipe.tokenizer, recipe.batch // 4, recipe.seed),
+        PairData(small.latents, large, recipe.tokenizer, small.size, recipe.seed),
         recipe.negative,
         SuperResolutionSettings(recipe.steps["super_resolution"], recipe.seed),
         recipe.accelerator,
@@ -238,6 +240,14 @@ def train_super_resolution(recipe: Recipe) -> None:
     recipe.write("1080p_sr", windowed)
 
 
+def measure_films(recipe: Recipe) -> None:
+    """Films of held-out prompts by the distilled and the base variant, judged: figures and a picture."""
+    ceilings = None
+    for variant in ("distill", "base"):
+        folder = recipe.runs / "measured" / variant
+        _, ceilings = measure(recipe.out, variant, folder, torch.device(recipe.device), ceilings=ceilings)
+
+
 STAGES: dict[str, Callable[[Recipe], None]] = {
     "audio_vae": train_audio_vae,
     "video_vae": train_video_vae,
@@ -245,4 +255,5 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "base": train_base,
     "distill": train_distill,
     "super_resolution": train_super_resolution,
+    "measure": measure_films,
 }

@@ -1,5 +1,8 @@
 """The pony's recipe, run with next to nothing of everything."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open

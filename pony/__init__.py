@@ -10,13 +10,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..model.audio_vae import AudioVAE, published_config
 from ..model.checkpoint import storage_dtype
 from ..model.config import PONY, VARIANTS
 from ..model.geometry import FILM_RATE
+from ..model.stream_writer import DTYPE_NAMES, SafetensorsWriter
 from ..model.text_encoder import TextEncoder
 from ..model.tiny_tokenizer import tiny_tokenizer
 from ..model.transformer import JointTransformer
@@ -88,22 +88,26 @@ def build(name: str) -> nn.Module:
 
 
 def write_part(folder: Path, name: str, module: nn.Module, note: str) -> None:
-    """Write a part under its published names: float16, transformers bfloat16 and float32 as published."""
+    """Write a part under its published names: float16, transformers bfloat16 and float32 as published.
+
+    The same weights give the same bytes. Raises OSError where that fails; then there is no new file.
+    """
     part = "transformer" if name in VARIANTS else name
     dtype = torch.bfloat16 if part == "transformer" else torch.float16
     prefix = "pretransform.model." if part == "audio_vae" else ""
     state = {
-        prefix + key: tensor.detach().to("cpu", storage_dtype(part, key, dtype)).contiguous()
+        prefix + key: tensor.detach().to("cpu", storage_dtype(part, key, dtype))
         for key, tensor in module.state_dict().items()
     }
     header = {"format": "pt", "config": json.dumps(module.config.to_dict()), "note": note}
     if part == "transformer":
         header["variant"] = name
     path = folder / FILES[name]
-    path.parent.mkdir(exist_ok=True)
-    work = path.with_name(f".{path.name}.part")
-    save_file(state, work, header)
-    work.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [(key, DTYPE_NAMES[tensor.dtype], tensor.shape) for key, tensor in state.items()]
+    with SafetensorsWriter(path, entries, header) as file:
+        for key, tensor in state.items():
+            file.write(key, tensor)
 
 
 def random_weight(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:

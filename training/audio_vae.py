@@ -3,10 +3,8 @@
 Its convolutions are trained without weight norm, which `finished` adds.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +15,6 @@ from torch.nn import functional as F
 
 from ..model.audio_vae import AudioVAE, ResidualUnit, Snake
 from ..model.config import AudioVAEConfig
-from ..model.stream_writer import DTYPE_NAMES, SafetensorsWriter
 from .data.clip import make_sound
 from .data.world import training_attributes
 from .generators import generator
@@ -233,20 +230,6 @@ def finished(vae: AudioVAE, sounds: Tensor) -> AudioVAE:
             state[name] = value
     result.load_state_dict(state)
     return result.requires_grad_(False).eval()
-
-
-def write_audio_vae(vae: AudioVAE, path: Path, note: str, dtype: torch.dtype = torch.float16) -> None:
-    """Write a finished `vae` under its published names, in `dtype`.
-
-    Raises OSError where that fails; then there is no new file.
-    """
-    state = {f"pretransform.model.{name}": value.to("cpu", dtype) for name, value in vae.state_dict().items()}
-    entries = [(name, DTYPE_NAMES[dtype], value.shape) for name, value in state.items()]
-    metadata = {"format": "pt", "config": json.dumps(vae.config.to_dict()), "note": note}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with SafetensorsWriter(path, entries, metadata) as file:
-        for name, value in state.items():
-            file.write(name, value)
 
 
 @torch.no_grad()

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from full_disk import disk_of
 from torch import Tensor
 
 from happyhorse.model.audio_vae import AudioVAE
 from happyhorse.model.checkpoint import load, open_checkpoint
 from happyhorse.model.config import AudioVAEConfig
+from happyhorse.pony import write_part
 from happyhorse.training.audio_vae import (
     PLAIN,
     SAMPLING,
@@ -21,7 +21,6 @@ from happyhorse.training.audio_vae import (
     initialize,
     sound_losses,
     training_sounds,
-    write_audio_vae,
 )
 from happyhorse.training.data.clip import make_clip, make_sound
 from happyhorse.training.data.world import held_out
@@ -107,22 +106,12 @@ def test_a_written_network_is_loaded_with_the_values_it_was_rounded_to(
     trained: tuple[AudioVAEStage, list[dict[str, float]]], tmp_path: Path
 ):
     vae = finished(trained[0].vae, sounds())
-    path = tmp_path / "new" / "model.safetensors"
-    write_audio_vae(vae, path, "a note")
-    loaded = load(open_checkpoint(path, "audio_vae", None), torch.float32)
+    write_part(tmp_path / "new", "audio_vae", vae, "a note")
+    loaded = load(open_checkpoint(tmp_path / "new" / "audio_vae"), torch.float32)
     assert loaded.config == SMALL
     for name, value in loaded.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, vae.state_dict()[name].half().float()), name
-
-
-def test_a_full_disk_leaves_no_part_of_the_file(
-    trained: tuple[AudioVAEStage, list[dict[str, float]]], tmp_path: Path
-):
-    vae = finished(trained[0].vae, sounds())
-    with disk_of(1), pytest.raises(OSError, match="full"):
-        write_audio_vae(vae, tmp_path / "model.safetensors", "a note")
-    assert not list(tmp_path.iterdir())
 
 
 def test_divergence_is_zero_for_standard_normal_latents_and_grows_with_mean_and_scale():

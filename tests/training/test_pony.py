@@ -1,7 +1,6 @@
 """The pony's recipe, run with next to nothing of everything."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch

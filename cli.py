@@ -158,8 +158,8 @@ def _request(options: argparse.Namespace, preset: Preset) -> FilmRequest:
         log.warning("films above %g s are longer than what the models were trained on", LONG_SECONDS)
     large = options.sr and shape.resized(super_resolution_size(options.sr, size, preset.pixels_1080p))
     return FilmRequest(
-        options.prompt, options.negative, shape, large, options.seed, options.steps, options.image,
-        options.audio, options.audio_mode, options.audio_encoding == "sample",
+        options.prompt, options.negative or preset.negative_prompt, shape, large, options.seed,
+        options.steps, options.image, options.audio, options.audio_mode, options.audio_encoding == "sample",
     )  # fmt: skip
 
 

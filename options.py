@@ -17,7 +17,6 @@ from .model.config import PRESETS, VARIANTS
 from .model.convert import FORMATS
 from .model.geometry import FPS, MAX_SECONDS, MIN_SECONDS
 from .model.lora import MODALITIES, Lora, Strengths
-from .sampler.guidance import DEFAULT_NEGATIVE_PROMPT
 from .sampler.pipeline import AUDIO_MODES
 from .sampler.placement import OFFLOADS
 
@@ -93,7 +92,7 @@ def parser(
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, type=_text, help="what is to be seen and heard")
     parser.add_argument(
-        "--negative", type=_text, default=DEFAULT_NEGATIVE_PROMPT, help="what is not; base only"
+        "--negative", type=_text, help="what is not; base only (default: the preset's negative prompt)"
     )
     parser.add_argument("--image", type=Path, help="the first frame")
     parser.add_argument("--audio", type=Path, help="sound (or a film with sound) that the film follows")
@@ -355,7 +354,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     lora.add_argument("--accumulation", type=_count, default=1, help="batches of an update (default: 1)")
     lora.add_argument("--seed", type=_seed, help="default: 0")
     lora.add_argument(
-        "--negative", type=_text, default=DEFAULT_NEGATIVE_PROMPT, help="the negative prompt of your films"
+        "--negative", type=_text, help="the negative prompt of your films (default: the preset's)"
     )
     _add_device(lora)
     lora.add_argument(

@@ -110,8 +110,8 @@ def _job(options: argparse.Namespace, transformer: Checkpoint) -> "LoraJob":
         given["negative"] = 0.0
     return LoraJob(
         options.data, options.out, options.resume or default_run_folder(options.out),
-        FilmShape.from_seconds(*size, seconds), LoraSettings(**given), options.batch, options.accumulation,
-        options.resident, options.negative,
+        FilmShape.from_seconds(*size, seconds), LoraSettings(**given),
+        options.negative or preset.negative_prompt, options.batch, options.accumulation, options.resident,
     )  # fmt: skip
 
 

@@ -79,9 +79,9 @@ def measure(folder: Path, offload: str, dtype_name: str, width: int, height: int
     import torch
 
     from happyhorse import cli  # noqa: F401, all that a film imports
+    from happyhorse.model.config import PONY
     from happyhorse.model.geometry import FilmShape
     from happyhorse.options import DTYPES
-    from happyhorse.sampler.guidance import DEFAULT_NEGATIVE_PROMPT
     from happyhorse.sampler.parts import Parts, needed_parts, open_part
     from happyhorse.sampler.pipeline import FilmRequest, generate, write_film
     from happyhorse.sampler.plan import Room, plan_film
@@ -97,7 +97,7 @@ def measure(folder: Path, offload: str, dtype_name: str, width: int, height: int
 
     def make(shape: FilmShape) -> None:
         placed = Parts(parts, cpu, {role: (one,) for role, one in chosen.items()}, dtype, torch.float32)
-        request = FilmRequest("a red circle", DEFAULT_NEGATIVE_PROMPT, shape, steps=1)
+        request = FilmRequest("a red circle", PONY.negative_prompt, shape, steps=1)
         with torch.inference_mode():
             film = generate(placed, request, lambda *_: None, lambda _: None)
             write_film(placed, film, folder / "film.mp4", {}, lambda *_: None)

@@ -155,7 +155,8 @@ class AudioVAEConfig(Config):
 class Preset:
     """One family of networks that belong together, with the picture sizes it was trained on.
 
-    `sizes` maps an aspect to (width, height); `pixels_1080p` is the area of the large super-resolution.
+    `sizes` maps an aspect to (width, height); `pixels_1080p` is the area of the large super-resolution;
+    `negative_prompt` is the base variant's where none is given.
     """
 
     transformers: Mapping[str, TransformerConfig]
@@ -167,6 +168,7 @@ class Preset:
     default_aspect: str
     default_seconds: float
     pixels_1080p: int
+    negative_prompt: str
 
 
 VARIANTS = ("base", "distill", "540p_sr", "1080p_sr")
@@ -224,6 +226,16 @@ MAGIHUMAN = Preset(
     default_aspect="16:9",
     default_seconds=5.0,
     pixels_1080p=1920 * 1088,
+    negative_prompt=(
+        "blurry, out of focus, low resolution, heavy compression, flicker, ghosting, smeared "
+        "textures, washed out or oversaturated colours, overexposed, underexposed, distorted face, "
+        "deformed hands, extra fingers, missing limbs, warped body, stiff or frozen expression, eyes "
+        "that wander, teeth that melt, mouth out of step with the words, jerky motion, jumping cuts, "
+        "shaking camera, subtitles, captions, watermark, logo, border, split screen, static, "
+        "background hiss, hum, crackle, clipping, distortion, echo, muffled sound, sudden jumps in "
+        "loudness, robotic voice, flat monotone delivery, mumbling, slurred or swallowed words, "
+        "stutter, wrong accent, several voices at once, speech without a speaker"
+    ),
 )
 
 PONY = Preset(
@@ -261,6 +273,7 @@ PONY = Preset(
     default_aspect="1:1",
     default_seconds=2.0,
     pixels_1080p=288 * 288,
+    negative_prompt="blurry, noise, silence.",
 )
 
 # fmt: on

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model.checkpoint import Checkpoint, UnknownVariantError, check_names, open_checkpoint
+from ..model.config import MAGIHUMAN
 from ..model.geometry import SIZE_STEP, FilmShape
 from ..model.lora import MODALITIES, Strengths
 from ..sampler.plan import room_on
@@ -165,8 +166,8 @@ class HappyHorseTrainLora(io.ComfyNode):
         out = _free_file(name)
         job = LoraJob(
             _clips(folder), out, Path(folder_paths.get_output_directory(), RUNS, name),
-            FilmShape.from_seconds(width, height, seconds), settings, batch_size, accumulation,
-            None if resident < 0 else resident,
+            FilmShape.from_seconds(width, height, seconds), settings, MAGIHUMAN.negative_prompt,
+            batch_size, accumulation, None if resident < 0 else resident,
         )  # fmt: skip
         with torch.inference_mode(False), torch.enable_grad():
             _train(job, checkpoints, DTYPES[weight_dtype] or default_compute_dtype())

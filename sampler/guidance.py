@@ -12,17 +12,6 @@ HIGH_NOISE_VIDEO_SCALE, LOW_NOISE_VIDEO_SCALE = 5.0, 2.0
 HIGH_NOISE_TIME = 500
 FIRST_FRAMES, FIRST_FRAMES_SCALE, LATER_FRAMES_SCALE = 13, 2.0, 3.5
 
-DEFAULT_NEGATIVE_PROMPT = (
-    "blurry, out of focus, low resolution, heavy compression, flicker, ghosting, smeared textures, washed "
-    "out or oversaturated colours, overexposed, underexposed, distorted face, deformed hands, extra fingers, "
-    "missing limbs, warped body, stiff or frozen expression, eyes that wander, teeth that melt, mouth out of "
-    "step with the words, jerky motion, jumping cuts, shaking camera, subtitles, captions, watermark, logo, "
-    "border, split screen, static, background hiss, hum, crackle, clipping, distortion, echo, muffled sound, "
-    "sudden jumps in loudness, "
-    "robotic voice, flat monotone delivery, mumbling, slurred or swallowed words, stutter, wrong accent, "
-    "several voices at once, speech without a speaker"
-)
-
 
 def base_video_scale(sigma: float) -> float:
     """The base model's video guidance weight at noise level `sigma`."""

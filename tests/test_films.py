@@ -22,7 +22,6 @@ from happyhorse.model.geometry import FILM_RATE, SIZE_STEP
 from happyhorse.model.packing import Latents
 from happyhorse.model.prompt import TextStates
 from happyhorse.sampler import pipeline
-from happyhorse.sampler.guidance import DEFAULT_NEGATIVE_PROMPT
 from happyhorse.sampler.schedule import SHIFT
 
 AAC_FRAME = 1024 / FILM_RATE
@@ -197,7 +196,7 @@ def test_the_base_variant_uses_guidance(pony_folder: Path, tmp_path: Path) -> No
     options = ("--seconds", "1", "--variant", "base", "--steps", "6")
     film = Film(pony_folder, tmp_path, *options)
     film.check(128, 128, 25)
-    assert film.settings["negative"] == DEFAULT_NEGATIVE_PROMPT
+    assert film.settings["negative"] == PONY.negative_prompt
     other = Film(pony_folder, tmp_path, *options, "--negative", "a blue square .", name="other")
     assert not torch.equal(other.latents.video, film.latents.video)
 

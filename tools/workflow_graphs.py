@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from happyhorse.model.catalog import SOURCES
-from happyhorse.sampler.guidance import DEFAULT_NEGATIVE_PROMPT
+from happyhorse.model.config import MAGIHUMAN, PONY, Preset
+from happyhorse.training.data.world import Bounce, Head, body
 
 Json = dict[str, Any]
 Link = list[Any]  # [node id, output]
@@ -66,7 +67,10 @@ def drawing(line: str) -> Words:
 
 
 MORNING = talk("Good morning. I saved you a seat.")
-PONY_WORDS = Words("a red circle bounces slow on a teal background .")
+PONY_BOUNCE = Words(body(Bounce("circle", "red", "teal", "fast", "high")), background_sound="high notes")
+PONY_TALK = Words(
+    body(Head("black", "yellow", "white", "low", "slow", "French")), "head with black hair, French: bonjour"
+)
 
 
 # What a graph is made of
@@ -84,12 +88,15 @@ class Node:
 
 @dataclass
 class Graph:
-    """A film's graph. `pony` takes the built-in miniatures, small sizes and sources that need no file."""
+    """A film's graph. `pony` takes the built-in miniatures, small sizes, and a first film of its own in place
+    of files.
+    """
 
     name: str
     pony: bool
     words: Words
     nodes: list[Node] = field(default_factory=list)
+    first: "Output | None" = None  # the first film, once it is there
 
     def add(self, group: str, kind: str, title: str | None = None, **inputs: Any) -> "Output":
         """Add a node; an `Output` as an input is a link. Dots in input names are written as `__`."""
@@ -131,36 +138,41 @@ class Graph:
         choice = "pony" if self.pony else "stable-audio-open-1.0"
         return self.add(MODELS, "HappyHorseLoadAudioVAE", audio_vae=choice)
 
-    def picture(self) -> "Output":
-        if self.pony:
-            blank = self.add(
-                INPUTS, "EmptyImage", "A picture", width=160, height=96, batch_size=1, color=0x2080C0
+    def brought(self, loaded: "Loaded") -> "Output":
+        """What the pony makes for itself, a first film: images, sound, frame rate."""
+        if self.first is None:
+            sizes = self.size() | {"seconds": self.seconds, "batch_size": 1}
+            latent = self.add(FIRST, "HappyHorseEmptyLatent", "Size and length", **sizes)
+            rest = {"seed": 7, "steps": 0, "denoise": 1.0}
+            film = self.add(
+                FIRST,
+                "HappyHorseSampler",
+                model=loaded.model,
+                positive=loaded.positive,
+                latent=latent,
+                **rest,
             )
-            return self.add(INPUTS, "ImageAddNoise", "with some grain", image=blank, seed=7, strength=0.2)
-        return self.add(INPUTS, "LoadImage", "Your picture: the first frame", image="example.png")
+            self.first = self.add(
+                FIRST, "HappyHorseDecode", latent=film, vae=loaded.vae, audio_vae=loaded.audio_vae
+            )
+        return self.first
 
-    def sound(self, model: "Output", positive: "Output", vae: "Output", audio_vae: "Output") -> "Output":
+    def picture(self, loaded: "Loaded") -> "Output":
+        if not self.pony:
+            return self.add(INPUTS, "LoadImage", "Your picture: the first frame", image="example.png")
+        frames = self.brought(loaded)
+        return self.add(FIRST, "ImageFromBatch", "Its first frame", image=frames, batch_index=0, length=1)
+
+    def sound(self, loaded: "Loaded") -> "Output":
         if not self.pony:
             return self.add(INPUTS, "LoadAudio", "Your sound: choose a file", audio="voice.wav")
-        sizes = self.size() | {"seconds": self.seconds, "batch_size": 1}
-        latent = self.add(FIRST, "HappyHorseEmptyLatent", "Size and length", **sizes)
-        rest = {"seed": 7, "steps": 1, "denoise": 1.0}
-        film = self.add(
-            FIRST, "HappyHorseSampler", "One step", model=model, positive=positive, latent=latent, **rest
-        )
-        return self.add(FIRST, "HappyHorseDecode", "Its sound", latent=film, vae=vae, audio_vae=audio_vae).at(
-            1
-        )
+        return self.brought(loaded).at(1)
 
-    def film(self) -> "Output":
+    def film(self, loaded: "Loaded") -> "Output":
         if not self.pony:
             return self.add(INPUTS, "LoadVideo", "Your film: choose a file", file="film.mp4")
-        blank = self.add(
-            INPUTS, "EmptyImage", "25 frames", width=128, height=128, batch_size=25, color=0x2080C0
-        )
-        frames = self.add(INPUTS, "ImageAddNoise", "with some grain", image=blank, seed=7, strength=0.2)
-        silence = self.add(INPUTS, "EmptyAudio", duration=1.0, sample_rate=44100, channels=2)
-        return self.add(INPUTS, "CreateVideo", "A film", images=frames, audio=silence, fps=25.0)
+        made = self.brought(loaded)
+        return self.add(FIRST, "CreateVideo", "A film", images=made, audio=made.at(1), fps=made.at(2))
 
     # The steps of a film
 
@@ -171,12 +183,16 @@ class Graph:
 
     def size(self) -> Json:
         if self.pony:
-            return {"aspect": "custom", "width": 128, "height": 128}
+            return {"aspect": "custom", "width": 96, "height": 96}
         return {"aspect": "16:9", "width": 448, "height": 256}
 
     @property
+    def preset(self) -> Preset:
+        return PONY if self.pony else MAGIHUMAN
+
+    @property
     def seconds(self) -> float:
-        return 1.0 if self.pony else 5.0
+        return self.preset.default_seconds
 
     def empty(self) -> "Output":
         sizes = self.size() | {"seconds": self.seconds, "batch_size": 1}
@@ -218,7 +234,7 @@ class Output:
 
 MODELS, INPUTS, PROMPT = "Models", "What you bring", "Prompt"
 LATENT, SAMPLE, LARGER = "The film's start", "Sample", "Super-resolution"
-FIRST = "A first film, for its sound"
+FIRST = "A first film"
 BOTH, JOIN_PICTURES, JOIN_SOUNDS = "Both films", "Join the pictures", "Join the sounds"
 SAVE = "Decode and save"
 COLUMNS = (
@@ -229,35 +245,44 @@ COLUMNS = (
 # The graphs
 
 
+class Loaded(NamedTuple):
+    """The distilled model, the encoded prompt and the decoders."""
+
+    model: Output
+    positive: Output
+    vae: Output
+    audio_vae: Output
+
+
+def load(g: Graph) -> Loaded:
+    model, clip, vae, audio_vae = g.model("distill"), g.clip(), g.turbo("Video VAE: decodes"), g.audio_vae()
+    return Loaded(model, g.encode(clip), vae, audio_vae)
+
+
 def text_to_film(g: Graph) -> None:
-    model, clip, vae, audio_vae = g.model("distill"), g.clip(), g.turbo(), g.audio_vae()
-    g.save(g.sample(model, g.encode(clip), g.empty()), vae, audio_vae)
+    loaded = load(g)
+    g.save(g.sample(loaded.model, loaded.positive, g.empty()), loaded.vae, loaded.audio_vae)
 
 
 def image_to_film(g: Graph) -> None:
-    model, clip = g.model("distill"), g.clip()
-    encoder, vae, audio_vae = g.wan("Video VAE: encodes"), g.turbo("Video VAE: decodes"), g.audio_vae()
-    picture, positive = g.picture(), g.encode(clip)
+    encoder, loaded = g.wan("Video VAE: encodes"), load(g)
+    picture = g.picture(loaded)
     latent = g.add(LATENT, "HappyHorseImageToFilm", latent=g.empty(), vae=encoder, image=picture)
-    g.save(g.sample(model, positive, latent), vae, audio_vae)
+    g.save(g.sample(loaded.model, loaded.positive, latent), loaded.vae, loaded.audio_vae)
 
 
 def audio_to_film(g: Graph) -> None:
-    model, clip, vae, audio_vae = g.model("distill"), g.clip(), g.turbo(), g.audio_vae()
-    positive = g.encode(clip)
-    sound = g.sound(model, positive, vae, audio_vae)
-    latent = _with_sound(g, g.empty(), audio_vae, sound)
-    g.save(g.sample(model, positive, latent), vae, audio_vae, latent.at(1))
+    loaded = load(g)
+    latent = _with_sound(g, g.empty(), loaded.audio_vae, g.sound(loaded))
+    g.save(g.sample(loaded.model, loaded.positive, latent), loaded.vae, loaded.audio_vae, latent.at(1))
 
 
 def image_and_audio_to_film(g: Graph) -> None:
-    model, clip = g.model("distill"), g.clip()
-    encoder, vae, audio_vae = g.wan("Video VAE: encodes"), g.turbo("Video VAE: decodes"), g.audio_vae()
-    picture, positive = g.picture(), g.encode(clip)
-    sound = g.sound(model, positive, vae, audio_vae)
+    encoder, loaded = g.wan("Video VAE: encodes"), load(g)
+    picture, sound = g.picture(loaded), g.sound(loaded)
     latent = g.add(LATENT, "HappyHorseImageToFilm", latent=g.empty(), vae=encoder, image=picture)
-    latent = _with_sound(g, latent, audio_vae, sound)
-    g.save(g.sample(model, positive, latent), vae, audio_vae, latent.at(1))
+    latent = _with_sound(g, latent, loaded.audio_vae, sound)
+    g.save(g.sample(loaded.model, loaded.positive, latent), loaded.vae, loaded.audio_vae, latent.at(1))
 
 
 def _with_sound(g: Graph, latent: Output, audio_vae: Output, sound: Output) -> Output:
@@ -266,22 +291,22 @@ def _with_sound(g: Graph, latent: Output, audio_vae: Output, sound: Output) -> O
 
 
 def film_to_film(g: Graph) -> None:
-    model, clip = g.model("distill"), g.clip()
-    encoder, vae, audio_vae = g.wan("Video VAE: encodes"), g.turbo("Video VAE: decodes"), g.audio_vae()
-    film, positive = g.film(), g.encode(clip)
-    latent = g.add(LATENT, "HappyHorseFilmToFilm", vae=encoder, audio_vae=audio_vae, video=film, **g.size())
-    g.save(g.sample(model, positive, latent, denoise=0.6), vae, audio_vae)
+    encoder, loaded = g.wan("Video VAE: encodes"), load(g)
+    film, sources = g.film(loaded), {"vae": encoder, "audio_vae": loaded.audio_vae}
+    latent = g.add(LATENT, "HappyHorseFilmToFilm", video=film, **sources, **g.size())
+    g.save(g.sample(loaded.model, loaded.positive, latent, denoise=0.6), loaded.vae, loaded.audio_vae)
 
 
 def continue_film(g: Graph) -> None:
-    model, clip = g.model("distill"), g.clip()
-    encoder, vae, audio_vae = g.wan("Video VAE: encodes"), g.turbo("Video VAE: decodes"), g.audio_vae()
-    film, positive = g.film(), g.encode(clip)
+    encoder, loaded = g.wan("Video VAE: encodes"), load(g)
+    film, sources = g.film(loaded), {"vae": encoder, "audio_vae": loaded.audio_vae}
     inputs = g.size() | {"seconds": g.seconds, "overlap": 9}
-    latent = g.add(LATENT, "HappyHorseContinueFilm", vae=encoder, audio_vae=audio_vae, video=film, **inputs)
-    new = g.sample(model, positive, latent)
+    latent = g.add(LATENT, "HappyHorseContinueFilm", video=film, **sources, **inputs)
+    new = g.sample(loaded.model, loaded.positive, latent)
     old, overlap = g.add(BOTH, "GetVideoComponents", "The first film", video=film), latent.at(1)
-    new = g.add(BOTH, "HappyHorseDecode", "The new film", latent=new, vae=vae, audio_vae=audio_vae)
+    new = g.add(
+        BOTH, "HappyHorseDecode", "The new film", latent=new, vae=loaded.vae, audio_vae=loaded.audio_vae
+    )
     rest = {"batch_index": overlap, "length": 4096}
     frames = g.add(JOIN_PICTURES, "ImageFromBatch", "New pictures without the overlap", image=new, **rest)
     frames = g.add(
@@ -303,7 +328,7 @@ def base_with_guidance(g: Graph) -> None:
     positive, negative = (
         g.encode(clip),
         g.add(
-            PROMPT, "HappyHorseTextEncode", "What it shall not be", clip=clip, prompt=DEFAULT_NEGATIVE_PROMPT
+            PROMPT, "HappyHorseTextEncode", "What it shall not be", clip=clip, prompt=g.preset.negative_prompt
         ),
     )
     g.save(g.sample(model, positive, g.empty(), negative=negative), vae, audio_vae)
@@ -324,7 +349,7 @@ def _enlarged(g: Graph, size: str) -> None:
     small = g.sample(model, positive, g.empty())
     inputs = {"size": size, "seed": 42, "width": 1920, "height": 1088, "steps": 0}
     if g.pony and size == "1080p":
-        inputs |= {"size": "custom", "width": 256, "height": 256}
+        inputs |= {"size": "custom", "width": 288, "height": 288}
     large = g.add(
         LARGER, "HappyHorseSuperResolution", model=larger, positive=positive, latent=small, **inputs
     )
@@ -359,6 +384,7 @@ class Workflow:
     makes: str
     use: str
     words: Words = MORNING
+    pony_words: Words = PONY_BOUNCE
 
     @property
     def name(self) -> str:
@@ -367,7 +393,7 @@ class Workflow:
     def graph(self, pony: bool) -> Graph:
         """The graph for the published models, or its pony twin."""
         name = f"pony_{self.name}" if pony else self.name
-        graph = Graph(name, pony, PONY_WORDS if pony else self.words)
+        graph = Graph(name, pony, self.pony_words if pony else self.words)
         self.build(graph)
         return graph
 
@@ -388,12 +414,14 @@ ALL = [
         "Choose your picture in *Load Image* and describe it in the prompt; it is cropped about its centre "
         "to the film's aspect.",
         drawing(HILL),
+        PONY_TALK,
     ),
     Workflow(
         audio_to_film,
         "Audio to film",
         "A film for a given sound, lips in step with speech.",
         f"Choose your sound in *Load Audio*. {OWN_WORDS}",
+        pony_words=PONY_TALK,
     ),
     Workflow(
         image_and_audio_to_film,
@@ -401,6 +429,7 @@ ALL = [
         "A given picture speaks with a given sound.",
         f"Choose your picture in *Load Image* and your sound in *Load Audio*. {OWN_WORDS}",
         drawing(HILL),
+        PONY_TALK,
     ),
     Workflow(
         film_to_film,
@@ -482,10 +511,9 @@ WEIGHTS = (
     "grew out of. HappyHorse's own weights are not public."
 )
 PONY_NOTE = (
-    "## Needs no file\nThe *pony* is a miniature of all networks that comes with these nodes. Its weights "
-    "are **random: the film is noise**, in picture and sound. It shows that everything works, from the "
-    "prompt to the file. Where a picture or a sound is needed, other nodes make one.\n\nFor real "
-    "films open **{real}**."
+    "## Needs no file\nThe *pony* is a miniature of all networks that comes with these nodes, trained on two "
+    "tiny worlds: bouncing shapes, and heads that babble. It knows their words only. Where a picture or a "
+    "sound is needed, it makes a first film.\n\nFor real films open **{real}**."
 )
 LICENCES = "The Gemma and Stability licences are not open-source licences: read them before commercial use."
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..media import FilmWriter, frames_to_uint8, read_audio
 from ..model import catalog
 from ..model.audio_vae import AudioVAE, to_film_rate
+from ..model.config import PONY
 from ..model.geometry import FILM_RATE, FPS, FilmShape
 from ..model.video_vae import VideoVAE
 from ..sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
@@ -40,7 +41,6 @@ from .data.world import (
     BACKGROUNDS,
     COLORS,
     HAIR,
-    NEGATIVE_PROMPT,
     SHAPES,
     SHIRTS,
     SPEEDS,
@@ -204,7 +204,7 @@ def films_by(parts: Parts, steps: int | None = None) -> MakeFilm:
     @torch.inference_mode()
     def make_film(prompt: Prompt, path: Path) -> None:
         request = FilmRequest(
-            prompt.text, NEGATIVE_PROMPT, prompt.shape, seed=prompt.seed, steps=steps,
+            prompt.text, PONY.negative_prompt, prompt.shape, seed=prompt.seed, steps=steps,
             image=prompt.image, audio=prompt.audio,
         )  # fmt: skip
         film = with_sound(parts, generate(parts, request, quiet, quiet), quiet, quiet)

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 
 from ..model.checkpoint import Checkpoint, load
 from ..model.geometry import FilmShape
-from ..sampler.guidance import DEFAULT_NEGATIVE_PROMPT
 from ..sampler.parts import Progress, default_vae_dtype
 from ..sampler.plan import Room, plan_film
 from .clips import ROLES, Encoders, prepare_clips
@@ -37,10 +36,10 @@ class LoraJob:
     folder: Path
     shape: FilmShape
     settings: LoraSettings
+    negative: str
     batch: int = 1
     batches: int = 1
     resident: int | None = None
-    negative: str = DEFAULT_NEGATIVE_PROMPT
 
 
 def prepare_lora(

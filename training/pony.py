@@ -23,7 +23,6 @@ from ..model.tiny_tokenizer import tiny_tokenizer
 from ..model.transformer import JointTransformer
 from .audio_vae import AudioVAEStage, finished
 from .data.pool import Progress, VideoPool
-from .data.world import NEGATIVE_PROMPT
 from .dmd2 import Dmd2Settings, Dmd2Stage
 from .evaluate import measure
 from .flow import FlowSettings, FlowStage, LossWeights, initialise
@@ -128,7 +127,7 @@ class Recipe:
     @property
     def negative(self) -> Tensor:
         """The tokens [1, L] that stand for no prompt."""
-        return torch.tensor([self.tokenizer.encode(NEGATIVE_PROMPT)[0]])
+        return torch.tensor([self.tokenizer.encode(PONY.negative_prompt)[0]])
 
 
 @contextmanager

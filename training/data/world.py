@@ -58,7 +58,6 @@ SHIRTS: dict[str, Color] = {
     "yellow": (240, 208, 40),
 }
 
-NEGATIVE_PROMPT = "blurry, noise, silence."  # stands for "no prompt" in training, and is the pony's default
 HELD_OUT_PERCENT = 15
 
 

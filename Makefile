@@ -10,12 +10,17 @@ HOST := .venv-host
 HOST_PIP := $(HOST)/bin/python -m pip install -qq
 SUMMARY := $(CURDIR)/$(VENV)/summary.txt
 PYTEST := -m pytest -n auto
+PONY := $(BIN)/happyhorse generate --preset pony
+TALKS := A head with brown hair and a blue shirt talks slow in a low voice on a grey background: "bonjour".
 TESTING := TEST_SUMMARY=$(SUMMARY) OMP_NUM_THREADS=1
 
 .PHONY: demo test test-core test-host lint bench soak gpu pony clean
 
 demo: $(VENV)/.ready
-	$(BIN)/happyhorse generate --preset pony --prompt "a red circle bounces slow on a teal background ." --out happyhorse.mp4
+	mkdir -p demo
+	$(PONY) --prompt "A red circle bounces fast on a teal background." --out demo/bounce.mp4
+	$(PONY) --prompt '$(TALKS)' --out demo/head.mp4
+	$(PONY) --prompt '$(TALKS)' --image docs/pony_head.png --out demo/image.mp4
 
 test:
 	@where=$$($(PYTHON) tests/nodes/launch_host.py where) && echo "ComfyUI to test on: $${where:-none found}"

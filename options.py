@@ -165,7 +165,7 @@ def _add_models(parser: argparse.ArgumentParser, roles: Sequence[str] = tuple(PA
         "--preset",
         choices=tuple(PRESETS),
         default="magihuman",
-        help="pony: a tiny stand-in with random weights that needs no download",
+        help="pony: a built-in miniature of two toy worlds, which needs no download",
     )
     parser.add_argument("--models", type=Path, help="folder in which all parts lie (default: models)")
     for role in roles:

@@ -12,7 +12,7 @@ from .vae import load_audio_vae, load_video_vae
 
 CATEGORY = "HappyHorse/load"
 VARIANTS = ("auto", "base", "distill", "540p_sr", "1080p_sr")
-WHERE = "The pony is a tiny built-in stand-in with random weights: it needs no download, its films are noise."
+WHERE = "The pony is a built-in miniature of two toy worlds, bouncing shapes and babbling heads: no download."
 
 
 class HappyHorseLoadModel(io.ComfyNode):

@@ -483,7 +483,11 @@ def test_numbers_that_overflow_stop_the_film_and_the_stage_is_named(
     option, tensor, options, words, stage = OVERFLOWS[case]
     picture(tmp_path / "a.png")
     sound(tmp_path / "a.wav", samples=1920)  # as long as the film, else there is a notice about it
-    path = pack(option, lambda state, header: state[tensor].fill_(3e38))  # noqa: ARG005
+
+    def fill(state: dict[str, torch.Tensor], _: dict[str, str]) -> None:
+        state[tensor] = torch.full_like(state[tensor], 3e38, dtype=torch.float32)
+
+    path = pack(option, fill)
     monkeypatch.chdir(tmp_path)
     generate(option, path, *options).assert_refused(*words, after=stage)
 
@@ -550,7 +554,7 @@ SMALLER = {
         ["--size", "512x512", "--seconds", "1"],
         "--seconds 1",
     ),
-    "a smaller picture": (["--size", "512x512"], ["--size", "128x96"], "--size 128x96"),
+    "a smaller picture": (["--size", "512x512"], ["--size", "96x96"], "--size 96x96"),
     "a smaller film": (["--size", "512x512", "--sr", "540p"], ["--size", "512x512"], "the film without --sr"),
     "another placement": (["--offload", "none"], ["--offload", "stage"], "--offload stage ("),
 }

@@ -166,7 +166,7 @@ def test_an_image_a_sound_and_super_resolution(
     assert kind == "HappyHorseImageToFilm" and flow.at(frame["latent"])[0] == "HappyHorseEmptyLatent"
     large = flow.one("HappyHorseSuperResolution")
     assert flow.at(large["model"])[1]["model"] == "pony: 1080p_sr"
-    assert (large["size"], large["width"], large["height"], large["seed"]) == ("custom", 512, 512, 9)
+    assert (large["size"], large["width"], large["height"], large["seed"]) == ("custom", 288, 288, 9)
     assert flow.at(large["image"])[0] == "LoadImage" and large["vae"] == frame["vae"]
     sound_link = flow.one("HappyHorseDecodeVideo")["audio"]
     assert flow.at(sound_link)[0] == "HappyHorseAudioToFilm" and sound_link[1] == 1

@@ -57,7 +57,7 @@ def test_super_resolution_sizes() -> None:
         assert abs(width * height / MAGIHUMAN.pixels_1080p - 1) < 0.03
         assert abs(width / height / (size[0] / size[1]) - 1) < 0.03
     assert super_resolution_size("1080p", MAGIHUMAN.sizes["16:9"], MAGIHUMAN.pixels_1080p) == (1920, 1088)
-    assert super_resolution_size("1080p", PONY.sizes["1:1"], PONY.pixels_1080p) == (512, 512)
+    assert super_resolution_size("1080p", PONY.sizes["1:1"], PONY.pixels_1080p) == (288, 288)
 
 
 def test_a_large_second_stage_has_the_published_number_of_tokens() -> None:

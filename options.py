@@ -289,7 +289,7 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
 
 def _add_train_pony(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "stages", nargs="*", default=list(PONY_STAGES), choices=PONY_STAGES, metavar="STAGE",
+        "stages", nargs="*", type=_stage, metavar="STAGE",
         help=f"of {', '.join(PONY_STAGES)}; each needs those before it (default: all)",
     )  # fmt: skip
     parser.add_argument(
@@ -304,6 +304,12 @@ def _add_train_pony(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", type=_device, help="default: the accelerator, else the CPU")
     parser.add_argument("--compile", action="store_true", help="compile layers: faster, needs a C++ compiler")
+
+
+def _stage(text: str) -> str:
+    if text not in PONY_STAGES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no stage, they are {', '.join(PONY_STAGES)}")
+    return text
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -517,7 +523,7 @@ def pony_folder() -> Path:
     """The user's copy of the pony, written first if it is not there; raises ValueError where that fails."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "happyhorse"
     try:
-        return pony.ensure_pony(cache / f"pony-{pony.VERSION}")
+        return pony.ensure_pony(cache / f"pony-{pony.version()}")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the pony cannot be written to {cache} ({error}); set XDG_CACHE_HOME") from error
 

@@ -13,7 +13,7 @@ from .model.checkpoint import Checkpoint, check_names
 from .model.config import PRESETS
 from .model.geometry import FilmShape
 from .model.stream_writer import check_target
-from .options import compute_dtype, default_device, models_folder
+from .options import PONY_STAGES, compute_dtype, default_device, models_folder
 from .sampler.parts import open_part
 from .sampler.placement import is_out_of_memory
 from .sampler.plan import room_on
@@ -59,8 +59,16 @@ def run_train_pony(options: argparse.Namespace) -> None:
     from .pony import FOLDER
     from .training.pony import Recipe
 
+    device = _chosen_device(options)
+    recipe = Recipe(options.runs, options.out or FOLDER, device.type, options.compile)
+    recipe.run(options.stages or PONY_STAGES)
+
+
+def _chosen_device(options: argparse.Namespace) -> torch.device:
     device = options.device or default_device()
-    Recipe(options.runs, options.out or FOLDER, str(device), options.compile).run(options.stages)
+    if device.index:
+        torch.accelerator.set_device_index(device.index)  # where accelerate works
+    return device
 
 
 def _train(
@@ -72,11 +80,9 @@ def _train(
     from .training.loop import progress_bar  # slow to import, and of no use to the other commands
     from .training.lora_run import TITLE, prepare_lora, train_lora
 
-    device = options.device or default_device()
+    device = _chosen_device(options)
     if options.vram is not None and device.type == "cpu":
         raise ValueError("--vram: the device is a CPU, which has no VRAM; limit its memory with --ram")
-    if device.index:
-        torch.accelerator.set_device_index(device.index)  # where accelerate works
     room = room_on(device, options.vram, options.ram)
     with bars() as shown:
         stage = prepare_lora(job, checkpoints, device, compute_dtype(options, device), room, shown.progress)

@@ -102,7 +102,7 @@ def problem(part: str, choice: object) -> str | None:
 def fingerprint(part: str, choice: str) -> str:
     """Changes when the file of a choice is replaced: names, sizes and times of what is on disk."""
     if _pony(part, choice):
-        return f"{choice} {pony.VERSION}"
+        return f"{choice} {pony.version()}"
     path = _locate(part, choice)
     if path is None:
         return "missing"

@@ -4,9 +4,11 @@ It is trained on two small worlds (training/data/world.py). Parts
 that are not trained yet have random weights.
 """
 
+import functools
 import json
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -23,7 +25,6 @@ from ..model.transformer import JointTransformer
 from ..model.video_decoder import VideoDecoder
 from ..model.video_vae import VideoVAE
 
-VERSION = "partly-trained-1"
 FOLDER = Path(__file__).parent  # of the trained parts
 FILES = {
     **{variant: f"{variant}/model.safetensors" for variant in VARIANTS},
@@ -32,6 +33,16 @@ FILES = {
     "video_decoder": "turbo_vae/model.safetensors",
     "audio_vae": "audio_vae/model.safetensors",
 }
+
+
+@functools.cache
+def version() -> str:
+    """Changes with the trained parts."""
+    digest = 0
+    for file in FILES.values():
+        if (FOLDER / file).exists():
+            digest = zlib.crc32((FOLDER / file).read_bytes(), digest)
+    return f"{digest:08x}"
 
 
 def ensure_pony(folder: Path) -> Path:
@@ -56,14 +67,10 @@ def write_pony(folder: Path, seed: int = 0) -> None:
         if (FOLDER / file).exists():
             (folder / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(FOLDER / file, folder / file)
+            _write_companion(folder, name)
         else:
             module = untrained(name, torch.Generator("cpu").manual_seed(seed + index))
             write_part(folder, name, module, note="random weights")
-    tokenizer = tiny_tokenizer(PONY.text_encoder.vocab_size).to_str()
-    (folder / "text_encoder" / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    pretransform = {"type": "autoencoder", "config": published_config(PONY.audio_vae)}
-    published = {"sample_rate": FILM_RATE, "model": {"pretransform": pretransform}}
-    (folder / "audio_vae" / "model_config.json").write_text(json.dumps(published), encoding="utf-8")
 
 
 def untrained(name: str, generator: torch.Generator) -> nn.Module:
@@ -88,9 +95,10 @@ def build(name: str) -> nn.Module:
 
 
 def write_part(folder: Path, name: str, module: nn.Module, note: str) -> None:
-    """Write a part under its published names: float16, transformers bfloat16 and float32 as published.
+    """Write a part under its published names, and what belongs beside it.
 
-    The same weights give the same bytes. Raises OSError where that fails; then there is no new file.
+    In float16, transformers in bfloat16 and float32 as published. The same weights give the same bytes.
+    Raises OSError where that fails; then there is no new file.
     """
     part = "transformer" if name in VARIANTS else name
     dtype = torch.bfloat16 if part == "transformer" else torch.float16
@@ -108,6 +116,18 @@ def write_part(folder: Path, name: str, module: nn.Module, note: str) -> None:
     with SafetensorsWriter(path, entries, header) as file:
         for key, tensor in state.items():
             file.write(key, tensor)
+    _write_companion(folder, name)
+
+
+def _write_companion(folder: Path, name: str) -> None:
+    path = (folder / FILES[name]).parent
+    if name == "text_encoder":
+        tokenizer = tiny_tokenizer(PONY.text_encoder.vocab_size).to_str()
+        (path / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    elif name == "audio_vae":
+        pretransform = {"type": "autoencoder", "config": published_config(PONY.audio_vae)}
+        published = {"sample_rate": FILM_RATE, "model": {"pretransform": pretransform}}
+        (path / "model_config.json").write_text(json.dumps(published), encoding="utf-8")
 
 
 def random_weight(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:

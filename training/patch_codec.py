@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from ..model.weight_files import write_tensors
 
 FRAMES, SIDE, CHANNELS = 4, 16, 48
 
@@ -32,7 +34,7 @@ class PatchCodec:
 
     def save(self, path: Path) -> None:
         """Write the two tensors as safetensors."""
-        save_file({"mean": self.mean, "project": self.project.contiguous()}, path)
+        write_tensors(path, {"mean": self.mean, "project": self.project})
 
     @classmethod
     def from_file(cls, path: Path) -> "PatchCodec":

@@ -3,6 +3,7 @@
 `happyhorse train pony` (or `make pony`) runs it. Every stage reads what those before it left.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from ..model.prompt import Tokenizer
 from ..model.tiny_tokenizer import tiny_tokenizer
 from ..model.transformer import JointTransformer
 from .audio_vae import AudioVAEStage, finished
+from .data.clip import SIZE
 from .data.pool import Progress, VideoPool
 from .dmd2 import Dmd2Settings, Dmd2Stage
 from .evaluate import measure
@@ -33,11 +35,11 @@ from .super_resolution import (
     PairData,
     SuperResolutionSettings,
     SuperResolutionStage,
-    encode_large_clips,
 )
 from .video_vae import WHOLE, VideoDecoderStage, VideoVAEStage
 from .world_data import WorldData, encode_clips
 
+CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 2}  # of so many steps, each with falling learning rates
 
 
@@ -82,8 +84,8 @@ class Recipe:
         pony.write_part(self.out, name, module, note="trained on two procedural worlds: docs/pony.md")
 
     def trained(self, name: str) -> nn.Module:
-        """A part that an earlier stage has left."""
-        return load(open_checkpoint(self.out / pony.FILES[name]), self.compute_dtype, self.device)
+        """A part that an earlier stage has left, float32 on the CPU; stages move what they train."""
+        return load(open_checkpoint(self.out / pony.FILES[name]), torch.float32)
 
     @cached_property
     def pool(self) -> VideoPool:
@@ -94,7 +96,7 @@ class Recipe:
     @cached_property
     def codec(self) -> PatchCodec:
         """What the video latents are to be."""
-        path = self.runs / "codec.safetensors"
+        path = self.runs / CODEC
         if not path.exists():
             random = Random("codec")
             films = (self.pool.crops(1, WHOLE, random) for _ in range(self.codec_films))
@@ -103,11 +105,22 @@ class Recipe:
 
     def data(self, films: int) -> WorldData:
         """Latents of training clips with their captions, so many films of a world in a batch."""
-        audio_vae = self.trained("audio_vae")
+        encoders = {"video": self.codec.encode, "audio": self.trained("audio_vae").encode}
+        files = {"codec": self.runs / CODEC, "audio VAE": self.out / pony.FILES["audio_vae"]}
+        made_with = ", ".join(f"{name} {_checksum(path)}" for name, path in files.items())
+        path = self.runs / "latents.safetensors"
         with _bar("latents") as progress, torch.inference_mode():
-            path = self.runs / "latents.safetensors"
-            latents = encode_clips(path, self.latent_clips, self.codec.encode, audio_vae.encode, progress)
+            latents = encode_clips(path, self.latent_clips, encoders, made_with, progress=progress)
+        self.__dict__.pop("pool", None)  # a gigabyte that is no longer needed
         return WorldData(latents, self.tokenizer, films, self.seed)
+
+    def large_latents(self) -> Tensor:
+        """Video latents of the first training clips at twice the size."""
+        path, size = self.runs / "large_latents.safetensors", (2 * SIZE[0], 2 * SIZE[1])
+        encoders = {"video": self.codec.encode}
+        made_with = f"codec {_checksum(self.runs / CODEC)}"
+        with _bar("large latents") as progress, torch.inference_mode():
+            return encode_clips(path, self.large_latent_clips, encoders, made_with, size, progress)["video"]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -128,6 +141,10 @@ class Recipe:
     def negative(self) -> Tensor:
         """The tokens [1, L] that stand for no prompt."""
         return torch.tensor([self.tokenizer.encode(PONY.negative_prompt)[0]])
+
+
+def _checksum(path: Path) -> str:
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 @contextmanager
@@ -201,8 +218,10 @@ def train_base(recipe: Recipe) -> None:
 
 def train_distill(recipe: Recipe) -> None:
     """The few-step student of the base, by DMD-2."""
+    base = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.compute_dtype)
+    base.load_state_dict(recipe.trained("base").state_dict())
     stage = Dmd2Stage(
-        recipe.trained("base"),
+        base,
         recipe.data(recipe.batch // 3),
         recipe.negative,
         Dmd2Settings(recipe.seed, video_guidance=1.5, audio_guidance=1.2),
@@ -219,14 +238,11 @@ def train_super_resolution(recipe: Recipe) -> None:
     transformer = JointTransformer(PONY.transformers["540p_sr"], compute_dtype=recipe.compute_dtype)
     initialise(transformer, recipe.seed)
     small = recipe.data(recipe.batch // 4)
-    with _bar("large latents") as progress, torch.inference_mode():
-        path = recipe.runs / "large_latents.safetensors"
-        large = encode_large_clips(path, recipe.large_latent_clips, recipe.codec.encode, progress)
     stage = SuperResolutionStage(
         transformer,
-        PairData(small.latents, large, recipe.tokenizer, small.size, recipe.seed),
+        PairData(small.latents, recipe.large_latents(), recipe.tokenizer, small.size, recipe.seed),
         recipe.negative,
-        SuperResolutionSettings(recipe.steps["super_resolution"], recipe.seed),
+        SuperResolutionSettings(recipe.steps["super_resolution"], recipe.seed, negative=0.0),
         recipe.accelerator,
         recipe.trained("text_encoder"),
         recipe.compiled,

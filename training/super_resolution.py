@@ -8,12 +8,10 @@ distributions, arXiv:2209.03003): along them large = x - sigma velocity, which i
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,12 +22,10 @@ from ..model.transformer import JointTransformer
 from ..sampler.noise import normal_like
 from ..sampler.schedule import SHIFT
 from ..sampler.super_resolution import prepare
-from .data.clip import SIZE
-from .data.pool import Progress, to_video, training_clip
 from .dmd2 import text_states
 from .flow import FlowStage, Held, LossWeights, VelocityFunction, flow_loss, sample_sigmas
 from .generators import generator
-from .world_data import Encode, WorldData
+from .world_data import WorldData
 
 
 class Pairs(NamedTuple):
@@ -46,36 +42,11 @@ class PairsOfFilms(Protocol):
     def batch(self, index: int) -> Pairs: ...
 
 
-def encode_large_clips(
-    path: Path, count: int, encode_video: Encode, progress: Progress = lambda _done, _total: None
-) -> Tensor:
-    """Video latents of the first `count` training clips at twice the size, read from `path` or made there.
-
-    [count, 48, 13, 12, 12], float16. Raises ValueError where the file holds another number.
-    """
-    if not path.exists():
-        found = []
-        for index in range(count):
-            clip = training_clip(index, (2 * SIZE[0], 2 * SIZE[1]))
-            found.append(encode_video(to_video(clip.frames)).half())
-            progress(index + 1, count)
-        part = path.with_name(f".{path.name}.part")
-        try:
-            save_file({"video": torch.cat(found).contiguous()}, part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    latents = load_file(path)["video"]
-    if len(latents) != count:
-        raise ValueError(f"{path} holds {len(latents)} clips, {count} were asked for; delete it")
-    return latents
-
-
 class PairData:
     """Batches of `size` pairs of clips with their captions, drawn as by `WorldData`.
 
-    `latents` are of the small clips, as from `encode_clips`, and `large` of the first of them, as from
-    `encode_large_clips`. Raises ValueError where there are more large clips than small ones.
+    `latents` are of the small clips, as from `encode_clips`, and `large` the video latents of the first of
+    them, twice as large. Raises ValueError where there are more large clips than small ones.
     """
 
     def __init__(

@@ -5,11 +5,14 @@ from pathlib import Path
 from random import Random
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..model.packing import Latents
 from ..model.prompt import Tokenizer
+from ..model.weight_files import write_tensors
+from .data.clip import SIZE
 from .data.pool import Progress, to_video, training_clip, training_clip_attributes
 from .data.world import Head, body, caption
 from .flow import Batch
@@ -22,27 +25,36 @@ Encode = Callable[[Tensor], Tensor]  # video [B, 3, F, H, W] or waveform [B, 2, 
 def encode_clips(
     path: Path,
     count: int,
-    encode_video: Encode,
-    encode_audio: Encode,
+    encoders: Mapping[str, Encode],
+    made_with: str,
+    size: tuple[int, int] = SIZE,
     progress: Progress = lambda _done, _total: None,
 ) -> Mapping[str, Tensor]:
-    """Latents of the first `count` training clips, read from `path` or else made and written there.
+    """Latents of the first `count` training clips of `size`, read from `path` or else made and written there.
 
-    "video" [count, 48, 13, 6, 6] and "audio" [count, 51, 64], float16.
+    `encoders` take the "video" [1, 3, F, H, W] and the "audio" [1, 2, N] of a clip; of 96 x 96 pixels come
+    [count, 48, 13, 6, 6] and [count, 51, 64], float16. Raises ValueError where the file holds another number
+    of clips, or those of other networks: `made_with` names them.
     """
     if not path.exists():
-        found: dict[str, list[Tensor]] = {"video": [], "audio": []}
+        found: dict[str, list[Tensor]] = {name: [] for name in encoders}
         for index in range(count):
-            clip = training_clip(index)
-            found["video"].append(encode_video(to_video(clip.frames)).half())
-            found["audio"].append(encode_audio(torch.from_numpy(clip.sound)[None]).half())
+            clip = training_clip(index, size)
+            parts = {"video": to_video(clip.frames), "audio": torch.from_numpy(clip.sound)[None]}
+            for name, encode in encoders.items():
+                found[name].append(encode(parts[name]).half())
             progress(index + 1, count)
-        part = path.with_name(f".{path.name}.part")
-        save_file({name: torch.cat(latents).contiguous() for name, latents in found.items()}, part)
-        part.replace(path)
+        write_tensors(
+            path, {name: torch.cat(latents) for name, latents in found.items()}, {"made_with": made_with}
+        )
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get("made_with")
+    if told != made_with:
+        raise ValueError(f"{path} was made with other networks ({told}, now {made_with}); delete it")
     latents = load_file(path)
-    if len(latents["video"]) != count:
-        raise ValueError(f"{path} holds {len(latents['video'])} clips, {count} were asked for; delete it")
+    if any(len(part) != count for part in latents.values()):
+        number = len(next(iter(latents.values())))
+        raise ValueError(f"{path} holds {number} clips, {count} were asked for; delete it")
     return latents
 
 

@@ -128,11 +128,11 @@ def test_components_hold_the_film_that_is_streamed(vaes: dict[str, Any], tmp_pat
     assert torch.equal(components.images, images) and components.frame_rate == 25
     assert torch.equal(components.audio["waveform"], audio["waveform"])
     video.save_to(str(tmp_path / "film.mp4"))
-    # H.264 loses much of a film of noise; so the loss of the host's own writer, made as fine, is compared
+    # H.264 loses much of a film of noise; so the loss of the host's own writer, made as fine, is the limit
     InputImpl.VideoFromComponents(components).save_to(str(tmp_path / "host.mp4"), crf=17)
     streamed, whole = frames_of(tmp_path / "film.mp4"), frames_of(tmp_path / "host.mp4")
     assert streamed.shape == whole.shape == (25, 64, 96, 3)
-    assert abs(psnr(streamed, images) - psnr(whole, images)) < 1
+    assert psnr(streamed, images) > psnr(whole, images) - 1
 
 
 def test_a_film_is_never_whole_while_it_is_written(

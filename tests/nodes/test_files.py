@@ -172,7 +172,7 @@ def test_every_pony_is_written_where_the_command_line_keeps_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    home = tmp_path / "cache" / "happyhorse" / f"pony-{pony.VERSION}"
+    home = tmp_path / "cache" / "happyhorse" / f"pony-{pony.version()}"
     home.parent.mkdir(parents=True)
     home.symlink_to(pony_folder)
     assert files.resolve("transformer", "pony") == home / "distill"

@@ -33,7 +33,7 @@ nodes = pytest.mark.parametrize("node", loader.NODES, ids=lambda node: node.__na
 def cached_pony(pony_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in pony is that of all tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    home = tmp_path / "cache" / "happyhorse" / f"pony-{pony.VERSION}"
+    home = tmp_path / "cache" / "happyhorse" / f"pony-{pony.version()}"
     home.parent.mkdir(parents=True)
     home.symlink_to(pony_folder, target_is_directory=True)
 

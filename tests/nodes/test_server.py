@@ -9,7 +9,7 @@ import pytest
 from host import FOLDER_NAME, PACK, Client, PromptError, Server, serve
 
 WORKFLOWS = sorted(file.stem for file in (PACK / "workflows").glob("*.json"))
-GROUPS = {"load", "prompt", "latent", "sample", "super-resolution", "decode"}
+GROUPS = {"load", "prompt", "latent", "sample", "super-resolution", "decode", "train"}
 IMAGE = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 48, "batch_size": 1, "color": 0xFF}}
 SAVE = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "blue"}}
 

@@ -48,7 +48,7 @@ def write_clips(folder: Path) -> Path:
 def home(pony_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folders of a host with two clips, and the built-in pony of all tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    cached = tmp_path / "cache" / "happyhorse" / f"pony-{pony.VERSION}"
+    cached = tmp_path / "cache" / "happyhorse" / f"pony-{pony.version()}"
     cached.parent.mkdir(parents=True)
     cached.symlink_to(pony_folder, target_is_directory=True)
     for kind in ("input", "output", "temp"):

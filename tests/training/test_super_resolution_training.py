@@ -31,9 +31,9 @@ from happyhorse.training.super_resolution import (
     SuperResolutionSettings,
     SuperResolutionStage,
     drawn_pair_loss,
-    encode_large_clips,
     roughened,
 )
+from happyhorse.training.world_data import encode_clips
 
 CONFIG = TransformerConfig(
     num_layers=3, hidden_size=32, head_dim=16, num_query_groups=1, video_in_channels=16, audio_in_channels=4,
@@ -207,16 +207,11 @@ def colours(video: Tensor) -> Tensor:
     return F.avg_pool3d(video, (1, 16, 16))[:, :, ::4]
 
 
-def test_pairs_are_the_same_clips_and_are_encoded_once(tmp_path: Path) -> None:
-    count = 3
-    large = encode_large_clips(tmp_path / "large.safetensors", count, colours)
+def test_pairs_are_the_same_clips(tmp_path: Path) -> None:
+    count, path, size = 3, tmp_path / "large.safetensors", (192, 192)
+    large = encode_clips(path, count, {"video": colours}, "colours", size)["video"]
     assert [path.name for path in tmp_path.iterdir()] == ["large.safetensors"]
-
-    def never(_: Tensor) -> Tensor:
-        raise AssertionError
-
-    again = encode_large_clips(tmp_path / "large.safetensors", count, never)
-    assert torch.equal(large, again) and large.dtype is torch.float16 and large.shape == (3, 3, 13, 12, 12)
+    assert large.dtype is torch.float16 and large.shape == (3, 3, 13, 12, 12)
     small = torch.cat([
         colours(torch.from_numpy(training_clip(i).frames).permute(3, 0, 1, 2)[None] / 127.5 - 1)
         for i in range(count + 1)
@@ -242,17 +237,7 @@ def test_pairs_are_the_same_clips_and_are_encoded_once(tmp_path: Path) -> None:
     )
 
 
-def test_files_and_clips_that_do_not_fit_are_refused_and_nothing_partial_is_left(tmp_path: Path) -> None:
-    path = tmp_path / "large.safetensors"
-
-    def fails(_: Tensor) -> Tensor:
-        raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        encode_large_clips(path, 1, fails)
-    assert not list(tmp_path.iterdir())
-    large = encode_large_clips(path, 1, colours)
-    with pytest.raises(ValueError, match="holds 1 clips, 2 were asked for"):
-        encode_large_clips(path, 2, colours)
+def test_more_large_clips_than_small_ones_are_refused() -> None:
+    large, tokenizer = torch.zeros(1, 3, 13, 12, 12), Tokenizer(tiny_tokenizer(512))
     with pytest.raises(ValueError, match="1 large clips but 0 small ones"):
-        PairData({"video": large[:0], "audio": large[:0]}, large, Tokenizer(tiny_tokenizer(512)), 1, seed=0)
+        PairData({"video": large[:0], "audio": large[:0]}, large, tokenizer, 1, seed=0)

@@ -48,10 +48,13 @@ def test_latents_are_made_once(tmp_path: Path) -> None:
         return torch.full((1, 3), sound.square().mean())
 
     path = tmp_path / "latents.safetensors"
-    first = encode_clips(path, 3, encode_video, encode_audio)
+    encoders = {"video": encode_video, "audio": encode_audio}
+    first = encode_clips(path, 3, encoders, "these")
     assert made == [(1, 3, 49, 96, 96)] * 3
     assert first["video"].shape == (3, 2) and first["audio"].shape == (3, 3)
-    again = encode_clips(path, 3, encode_video, encode_audio)
+    again = encode_clips(path, 3, encoders, "these")
     assert len(made) == 3 and torch.equal(again["video"], first["video"])
     with pytest.raises(ValueError, match=r"holds 3 clips, 4 were asked for; delete it"):
-        encode_clips(path, 4, encode_video, encode_audio)
+        encode_clips(path, 4, encoders, "these")
+    with pytest.raises(ValueError, match=r"other networks \(these, now others\); delete it"):
+        encode_clips(path, 3, encoders, "others")

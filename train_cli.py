@@ -86,13 +86,14 @@ def _train(
     room = room_on(device, options.vram, options.ram)
     with bars() as shown:
         stage = prepare_lora(job, checkpoints, device, compute_dtype(options, device), room, shown.progress)
-    with progress_bar(TITLE) as on_step:
+    with stage, progress_bar(TITLE) as on_step:
         figures = train_lora(job, stage, on_step)
     losses = [step["loss"] for step in figures[-10:]]
-    return (
-        f"{options.out.resolve()}: {options.out.stat().st_size / 1e6:,.1f} MB, {len(figures)} steps, mean "
-        f"loss of the last {len(losses)} {sum(losses) / len(losses):.4g} (plot: {job.folder / 'loss.png'})"
-    )
+    told = f"{options.out.resolve()}: {options.out.stat().st_size / 1e6:,.1f} MB, {job.settings.steps} steps"
+    if not losses:  # the run's log was deleted
+        return told
+    mean = sum(losses) / len(losses)
+    return f"{told}, mean loss of the last {len(losses)} {mean:.4g} (plot: {job.folder / 'loss.png'})"
 
 
 def _open_parts(options: argparse.Namespace) -> dict[str, Checkpoint]:
@@ -113,6 +114,10 @@ def _job(options: argparse.Namespace, transformer: Checkpoint) -> "LoraJob":
     seconds = preset.default_seconds if options.seconds is None else options.seconds
     given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
     if not RECIPES[transformer.variant].guided:  # it never sees a negative prompt
+        if options.negative is not None:
+            raise ValueError(
+                f"--negative: {transformer.variant} never sees a negative prompt; leave it out, or train base"
+            )
         given["negative"] = 0.0
     return LoraJob(
         options.data, options.out, options.resume or default_run_folder(options.out),

@@ -5,6 +5,7 @@ can be trained.
 """
 
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..model.checkpoint import Checkpoint, UnknownVariantError, check_names, open_checkpoint
-from ..model.config import MAGIHUMAN
+from ..model.config import MAGIHUMAN, PRESETS, TransformerConfig
 from ..model.geometry import SIZE_STEP, FilmShape
 from ..model.lora import MODALITIES, Strengths
 from ..sampler.plan import room_on
@@ -45,6 +46,10 @@ ROLES = {  # and the inputs that name their files
     "audio_vae": "audio_vae",
 }
 NAME = re.compile(r"[^\x00-\x1f<>:\"|?*\\]+")
+GUESSED = (
+    "the file does not say its variant and was trained on as base; if it is not, put the variant into the "
+    "file's name, such as my_distill"
+)
 UNCONNECTED = (
     "model of HappyHorse Train LoRA: nothing is connected to its input, which comes out with the LoRA"
 )
@@ -155,9 +160,10 @@ class HappyHorseTrainLora(io.ComfyNode):
         LoraJob, LoraSettings = _trainer()
         if problem := _folder_problem(folder):
             raise FileNotFoundError(problem)
-        checkpoints = _open(dict(zip(ROLES, (base, text_encoder, vae, audio_vae), strict=True)))
+        checkpoints, guessed = _open(dict(zip(ROLES, (base, text_encoder, vae, audio_vae), strict=True)))
+        transformer = checkpoints["transformer"]
         copies = zip((*MODALITIES, "shared"), (video, audio, text, shared), strict=True)
-        guided = RECIPES[checkpoints["transformer"].variant].guided
+        guided = RECIPES[transformer.variant].guided
         settings = LoraSettings(
             steps, rank, alpha, blocks, PARTS[parts], tuple(copy for copy, wanted in copies if wanted),
             learning_rate, seed=seed, **({} if guided else {"negative": 0.0}),
@@ -166,8 +172,9 @@ class HappyHorseTrainLora(io.ComfyNode):
         out = _free_file(name)
         job = LoraJob(
             _clips(folder), out, Path(folder_paths.get_output_directory(), RUNS, name),
-            FilmShape.from_seconds(width, height, seconds), settings, MAGIHUMAN.negative_prompt,
-            batch_size, accumulation, None if resident < 0 else resident,
+            FilmShape.from_seconds(width, height, seconds), settings,
+            negative_prompt(transformer.variant, transformer.config), batch_size, accumulation,
+            None if resident < 0 else resident,
         )  # fmt: skip
         with torch.inference_mode(False), torch.enable_grad():
             _train(job, checkpoints, DTYPES[weight_dtype] or default_compute_dtype())
@@ -176,8 +183,15 @@ class HappyHorseTrainLora(io.ComfyNode):
         patched, report = ExecutionBlocker(UNCONNECTED), "trained"
         if model is not None:
             patched, report = load_lora(model, out, Strengths())
-        show(f"{written}\n{report}")
+        show("\n".join([written, report, *([GUESSED] if guessed else [])]))
         return io.NodeOutput(patched, plot, written, ui=ui.PreviewImage(plot, cls=cls))
+
+
+def negative_prompt(variant: str, config: TransformerConfig) -> str:
+    """That of the preset which a transformer is of."""
+    return next(
+        (preset for preset in PRESETS.values() if preset.transformers.get(variant) == config), MAGIHUMAN
+    ).negative_prompt
 
 
 def _trainer() -> tuple[type, type]:
@@ -209,14 +223,12 @@ def _train(job: "LoraJob", checkpoints: Mapping[str, Checkpoint], dtype: torch.d
         show(f"step {done} of {steps}, loss {figures['loss']:.4g}")
         management.throw_exception_if_processing_interrupted()
 
-    with _device_to_ourselves():
-        stage = prepare_lora(job, checkpoints, device, dtype, room_on(device), progress)
-        try:
-            job.out.parent.mkdir(parents=True, exist_ok=True)
-            train_lora(job, stage, on_step)
-        finally:
-            stage.close()
-            del stage
+    with (
+        _device_to_ourselves(),
+        prepare_lora(job, checkpoints, device, dtype, room_on(device), progress) as stage,
+    ):
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        train_lora(job, stage, on_step, "another name")
 
 
 @contextmanager
@@ -226,24 +238,30 @@ def _device_to_ourselves() -> Iterator[None]:
     management.soft_empty_cache()
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold networks and what these were computing
+        raise
     finally:
         management.soft_empty_cache()
 
 
-def _open(choices: Mapping[str, str]) -> dict[str, Checkpoint]:
-    checkpoints = {}
+def _open(choices: Mapping[str, str]) -> tuple[dict[str, Checkpoint], bool]:
+    """The checkpoints by role, and whether the transformer's variant is a guess."""
+    checkpoints, guessed = {}, False
     for role, choice in choices.items():
         path = files.resolve(role, choice)
         try:
             checkpoints[role] = open_checkpoint(path, role)
         except UnknownVariantError:  # base and distill have the same names and shapes
-            checkpoints[role] = open_checkpoint(path, role, "base")
+            checkpoints[role], guessed = open_checkpoint(path, role, "base"), True
         check_names(checkpoints[role], checkpoints[role].build().state_dict())
-    return checkpoints
+    return checkpoints, guessed
 
 
 def _picture(path: Path) -> Tensor:
-    """A picture as an IMAGE (1, Y, X, 3)."""
+    """A picture as an IMAGE (1, Y, X, 3), a white one where it was deleted."""
+    if not path.exists():
+        return torch.ones(1, 500, 900, 3)
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"), np.float32) / 255
     return torch.from_numpy(pixels)[None]

@@ -20,6 +20,7 @@ from happyhorse.model.geometry import FILM_RATE
 from happyhorse.model.lora import Strengths, match, patches, transformer_shapes
 from happyhorse.model.lora_formats import open_lora
 from happyhorse.training import loop
+from happyhorse.training.lora import LoraStage
 
 SIZE, SECONDS = (32, 32), 0.36
 SHORT = ("--size", "32x32", "--seconds", "0.36", "--steps", "3", "--rank", "2")
@@ -78,7 +79,7 @@ def trained(clips: Path, pony_folder: Path, tmp_path_factory: pytest.TempPathFac
 def test_a_lora_is_trained_and_its_run_is_told(trained: Path) -> None:
     config = PONY.transformers["base"]
     found = match(open_lora(trained), config, transformer_shapes(config))
-    assert found
+    assert not found.unmatched and len(found.places) == found.total
     ups = [tensor for name, tensor in load_file(trained).items() if "lora_B" in name]
     assert len(ups) == 4 * config.num_layers and all(tensor.abs().max() > 0 for tensor in ups)
     folder = trained.with_suffix(".run")
@@ -127,6 +128,24 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_lora(
     assert run(clips, out, pony_folder, "--resume", folder) == 0
     expected, got = load_file(trained), load_file(out)
     assert expected.keys() == got.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_run_whose_log_was_deleted_when_it_was_done_is_still_written(
+    clips: Path, pony_folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "a.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraStage, "save", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        assert run(clips, out, pony_folder) == 2
+    folder = out.with_suffix(".run")
+    for name in ("log.jsonl", "loss.png"):
+        (folder / name).unlink()
+    capsys.readouterr()
+    assert run(clips, out, pony_folder) == 0
+    assert capsys.readouterr().out.strip().endswith("MB, 3 steps")
+    expected, got = load_file(trained), load_file(out)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
@@ -180,6 +199,7 @@ def test_what_cannot_be_used_is_one_sentence(
         "training needs about": (clips, out, "--ram", "0.001"),
         "the device is a CPU, which has no VRAM": (clips, out, "--vram", "8"),
         "is the variant '540p_sr' by its header": (clips, out, "--model", pony_folder / "540p_sr"),
+        "--negative: distill never sees a negative": (clips, out, "--variant", "distill", "--negative", "x"),
         "holds the text encoder": (clips, out, "--model", pony_folder / "text_encoder"),
     }
     for message, (data, target, *more) in cases.items():

@@ -28,7 +28,7 @@ from ..model.packing import Latents
 from ..model.prompt import Tokenizer, encode_prompt
 from ..model.run_block import RunBlock
 from ..model.weight_files import open_weights, write_tensors
-from ..sampler.parts import Parts, Progress, default_vae_dtype
+from ..sampler.parts import Parts, Progress, default_vae_dtype, part_dtype
 from ..sampler.placement import Placement
 from .flow import Batch
 from .generators import generator
@@ -128,7 +128,7 @@ def read_clip(path: Path, shape: FilmShape) -> tuple[Tensor, Tensor]:
                     f"{path} has no sound stream; add one (silence, if it is a silent film), or take it out"
                 )
             late = _start(sounds[0]) - _start(videos[0])
-            frames, found = _frames(container, videos[0], shape)
+            frames, found = _frames(container, videos[0], shape, path)
     except av.error.FFmpegError as error:
         reason = error.strerror or error
         raise ValueError(
@@ -142,7 +142,8 @@ def read_clip(path: Path, shape: FilmShape) -> tuple[Tensor, Tensor]:
     samples = shape.audio_latents * ENCODE_RATE // FPS
     sound = read_audio(path, ENCODE_RATE, 2, samples / ENCODE_RATE + max(0.0, -late))
     shift = round(late * ENCODE_RATE)
-    sound = F.pad(sound, (shift, 0))[:, :samples]  # a sound that begins before the picture is cut
+    sound = sound[:, max(0, -shift) :]  # one that begins before the picture is cut
+    sound = F.pad(sound, (min(max(0, shift), samples), 0))[:, :samples]
     return torch.stack(frames, dim=2), F.pad(sound, (0, samples - sound.shape[1]))
 
 
@@ -151,15 +152,23 @@ def _start(stream: av.stream.Stream) -> float:
 
 
 def _frames(
-    container: av.container.InputContainer, stream: av.VideoStream, shape: FilmShape
+    container: av.container.InputContainer, stream: av.VideoStream, shape: FilmShape, path: Path
 ) -> tuple[list[Tensor], float]:
-    """Frames [1, 3, H, W] at 25 a second, up to the shape's number, and the seconds that were read."""
+    """Frames [1, 3, H, W] at 25 a second, up to the shape's number, and the seconds that were read.
+
+    A frame without a time, as in some AVI files, comes at the end of the one before.
+    """
     stream.thread_type = "AUTO"
     frames: list[Tensor] = []
     first, end, current = None, 0.0, None
     for frame in container.decode(stream):
-        first = frame.time if first is None else first
-        time = frame.time - first
+        if frame.time is None and not stream.average_rate:
+            raise ValueError(
+                f"{path} has pictures without times and no rate; export it again, as mp4 at 25 a second"
+            )
+        if first is None and frame.time is not None:
+            first = frame.time - end
+        time = end if frame.time is None else frame.time - first
         _repeat(frames, current, time, shape)
         if len(frames) == shape.pixel_frames:
             return frames, time
@@ -197,6 +206,7 @@ class ClipData:
     texts: tuple[Path, ...]
     lengths: tuple[int, ...]  # tokens of each caption
     negative: Tensor
+    negative_name: str  # of its file
     batch_size: int
     seed: int
 
@@ -206,9 +216,9 @@ class ClipData:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the clips, the captions, the size and the order."""
+        """Changes with the clips, the captions, the negative prompt, what encoded them, and the order."""
         names = [[path.name for path in paths] for paths in (self.latents, self.texts)]
-        return _digest([*names, self.batch_size, self.seed])
+        return _digest([*names, self.negative_name, self.batch_size, self.seed])
 
     def batch(self, index: int) -> Batch:
         """Batch number `index` of the run, read from the cache."""
@@ -230,7 +240,7 @@ class ClipData:
 
 @dataclass(frozen=True)
 class Encoders:
-    """What makes latents and text states: the networks by role, and `names` that tell their files apart."""
+    """What makes latents and text states: the networks by role, and `names` that tell them apart."""
 
     use: Use
     tokenizer: Tokenizer
@@ -249,11 +259,14 @@ class Encoders:
 
         `placements` as in `Parts`.
         """
+        vae_dtype = default_vae_dtype(dtype, device)
         parts = Parts(
-            {role: checkpoints[role] for role in ROLES}, device, placements, dtype,
-            default_vae_dtype(dtype, device), progress,
-        )  # fmt: skip
-        names = {role: _file_name(checkpoints[role].path) for role in ROLES}
+            {role: checkpoints[role] for role in ROLES}, device, placements, dtype, vae_dtype, progress
+        )
+        names = {
+            role: _digest([file_identity(checkpoints[role].path), str(part_dtype(role, dtype, vae_dtype))])
+            for role in ROLES
+        }
         return cls(parts.use, load_tokenizer(checkpoints["text_encoder"]), names)
 
 
@@ -271,8 +284,8 @@ def prepare_clips(
     """Encode what is not in `cache` yet, and return the data.
 
     Files of the cache are named after the contents of clip or caption, the size and length, and the
-    networks' files, so that nothing old is taken. Networks are let go of when all is encoded. Raises as
-    `find_clips` and `read_clip`, and OSError where the cache cannot be written.
+    networks' files and dtypes, so that nothing old is taken. Networks are let go of when all is encoded.
+    Raises as `find_clips` and `read_clip`, and OSError where the cache cannot be written.
     """
     clips = find_clips(folder)
     cache.mkdir(parents=True, exist_ok=True)
@@ -287,7 +300,7 @@ def prepare_clips(
     _encode_clips(clips, latents, shape, encoders, device, progress)
     lengths = tuple(open_weights(path).tensors["text"].shape[1] for path in texts[:-1])
     states = _read(texts[-1])["text"].float()
-    return ClipData(tuple(latents), tuple(texts[:-1]), lengths, states, batch_size, seed)
+    return ClipData(tuple(latents), tuple(texts[:-1]), lengths, states, texts[-1].name, batch_size, seed)
 
 
 def _encode_texts(
@@ -362,7 +375,7 @@ def _content(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _file_name(path: Path) -> str:
+def file_identity(path: Path) -> str:
     """Tells a checkpoint from another by names, sizes and times: its contents would take minutes to read."""
     files: Iterable[Path] = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]

@@ -57,14 +57,16 @@ def train(
     save_every_seconds: float = 300,
     on_step: OnStep | None = None,
     title: str,
+    elsewhere: str = "another folder",
 ) -> list[dict[str, float]]:
     """Train until `steps` steps are done, going on from the checkpoint in `folder` if there is one.
 
     Returns the figures of all steps, each with its number as "step". `on_step` may raise to interrupt. Then
     and after Ctrl-C, the step that was begun is finished and saved before the exception goes on. Raises
-    ValueError for a checkpoint that is damaged or of other settings and for figures that are not finite.
+    ValueError for a checkpoint that is damaged or of other settings and for figures that are not finite;
+    `elsewhere` is what the messages tell to give for a new run.
     """
-    run = _Run(stage, folder, title)
+    run = _Run(stage, folder, title, elsewhere)
     saved = time.monotonic()
     with _interrupt_between_steps() as interrupted:
         while run.done < steps:
@@ -80,6 +82,8 @@ def train(
             if run.done == steps or time.monotonic() - saved >= save_every_seconds:
                 run.save()
                 saved = time.monotonic()
+    if not run.picture.exists():
+        run.draw()
     if interrupted.is_set():  # while the end was saved
         raise KeyboardInterrupt(f"{title} is done and saved")
     return run.figures
@@ -88,11 +92,11 @@ def train(
 class _Run:
     """A stage, how far it is, and its files in `folder`."""
 
-    def __init__(self, stage: Stage, folder: Path, title: str) -> None:
+    def __init__(self, stage: Stage, folder: Path, title: str, elsewhere: str) -> None:
         if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; give a folder for the checkpoints of {title}")
+            raise NotADirectoryError(f"{folder} is a file; give {elsewhere} for the checkpoints of {title}")
         folder.mkdir(parents=True, exist_ok=True)
-        self.stage, self.title = stage, title
+        self.stage, self.title, self.elsewhere = stage, title, elsewhere
         self.checkpoint, self.log, self.picture = (
             folder / name for name in ("checkpoint.pt", "log.jsonl", "loss.png")
         )
@@ -104,11 +108,11 @@ class _Run:
             self._resume()
         self.logged = len(self.figures)
         lines = "".join(f"{json.dumps(figures)}\n" for figures in self.figures)
-        _write(self.log, lambda file: file.write_text(lines, encoding="utf-8"))
+        _write(self.log, lambda file: file.write_text(lines, encoding="utf-8"), elsewhere)
 
     def _resume(self) -> None:
-        state = _read(self.checkpoint)
-        _check_fingerprint(self.checkpoint, state["fingerprint"], self.fingerprint)
+        state = _read(self.checkpoint, self.elsewhere)
+        _check_fingerprint(self.checkpoint, state["fingerprint"], self.fingerprint, self.elsewhere)
         self.stage.load_state_dict(state["stage"])
         self.done = state["done"]
         self.figures = _read_log(self.log, self.done)
@@ -121,7 +125,7 @@ class _Run:
             if not math.isfinite(value):
                 raise ValueError(
                     f"{self.title}: {name} is {value} at step {self.done}, it must be finite; lower the "
-                    f"learning rate and start in a new folder ({self.checkpoint.parent} keeps what was saved)"
+                    f"learning rate and give {self.elsewhere} ({self.checkpoint.parent} keeps what was saved)"
                 )
         self.figures.append({"step": self.done, **figures})
         self.done += 1
@@ -129,15 +133,16 @@ class _Run:
 
     def save(self) -> None:
         """Write the log first: it must reach at least as far as the checkpoint."""
-        with _naming(self.log), self.log.open("a", encoding="utf-8") as file:
+        with _naming(self.log, self.elsewhere), self.log.open("a", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(figures)}\n" for figures in self.figures[self.logged :])
         self.logged = len(self.figures)
         state = {"done": self.done, "fingerprint": self.fingerprint, "stage": self.stage.state_dict()}
         _check_plain(state, "state")
-        _write(self.checkpoint, lambda file: torch.save(state, file))
-        self._draw()
+        _write(self.checkpoint, lambda file: torch.save(state, file), self.elsewhere)
+        self.draw()
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
+        """Draw the losses of all steps, if there are any."""
         series: dict[str, list[tuple[float, float]]] = {}
         for figures in self.figures:
             for name, value in figures.items():
@@ -146,7 +151,7 @@ class _Run:
         if series:
             positive = all(value > 0 for points in series.values() for _, value in points)
             image = line_plot(series, self.title, log_y=positive)
-            _write(self.picture, lambda file: image.save(file, "png"))
+            _write(self.picture, lambda file: image.save(file, "png"), self.elsewhere)
 
 
 @contextlib.contextmanager
@@ -169,11 +174,11 @@ def _interrupt_between_steps() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def _write(path: Path, write: Callable[[Path], object], elsewhere: str) -> None:
     """Let `write` make a file, which then takes the place of `path` at once."""
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with _naming(path):
+        with _naming(path, elsewhere):
             write(temporary)
             temporary.replace(path)
     finally:
@@ -181,18 +186,18 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: Path, elsewhere: str) -> Iterator[None]:
     """Raise what goes wrong in writing as an OSError that names `path`."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(
-            f"{path} could not be written ({reason}); free some space or give another folder, then run again"
+            f"{path} could not be written ({reason}); free some space or give {elsewhere}, then run again"
         ) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, elsewhere: str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if {"done", "fingerprint", "stage"} <= state.keys():
@@ -202,7 +207,7 @@ def _read(path: Path) -> dict[str, Any]:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-    raise ValueError(f"{path} is damaged ({reason}); delete it to start again, or give another folder")
+    raise ValueError(f"{path} is damaged ({reason}); delete it to start again, or give {elsewhere}")
 
 
 def _check_plain(value: object, name: str) -> None:
@@ -219,7 +224,9 @@ def _check_plain(value: object, name: str) -> None:
         )
 
 
-def _check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _check_fingerprint(
+    path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], elsewhere: str
+) -> None:
     differing = [
         f"{name} {found.get(name, 'absent')} (now {expected.get(name, 'absent')})"
         for name in sorted(found.keys() | expected.keys())
@@ -227,7 +234,7 @@ def _check_fingerprint(path: Path, found: Mapping[str, Any], expected: Mapping[s
     ]
     if differing:
         raise ValueError(
-            f"{path} was trained with {', '.join(differing)}; give the same settings or another folder"
+            f"{path} was trained with {', '.join(differing)}; give the same settings or {elsewhere}"
         )
 
 

@@ -5,11 +5,12 @@ A trained layer adds scale * up(down(x)) to what it computes. In a layer with on
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,7 @@ from .optim import Ema, decayed, scale_rates
 COPIES = (*MODALITIES, "shared")
 PARTS = ("attention", "mlp")
 LARGEST_GRADIENT = 1.0  # norm over all adapters to which longer gradients are cut
+DECAY = 0.99  # of the running mean, which is what is saved
 
 
 class NamedData(Data, Protocol):
@@ -45,7 +47,7 @@ class NamedData(Data, Protocol):
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Settings of a run of `steps` updates; the last six as in `FlowSettings`.
+    """Settings of a run of `steps` updates; `negative` and what all runs share as in `FlowSettings`.
 
     `blocks` lists layers such as "0-11,30", "" being all; `parts` are of attention and mlp; `copies` are
     whose weights are trained: of video, audio and text in the layers that have one for each, and those that
@@ -59,13 +61,12 @@ class LoraSettings:
     parts: tuple[str, ...] = PARTS
     copies: tuple[str, ...] = COPIES
     rate: float = 2e-4
-    ema: float = 0.99
     seed: int = 0
-    shift: float = SHIFT
-    image: float = 0.15
-    audio: float = 0.12
     negative: float = 0.1
-    weights: LossWeights = field(default_factory=LossWeights)
+    shift: ClassVar[float] = SHIFT
+    image: ClassVar[float] = 0.15
+    audio: ClassVar[float] = 0.12
+    weights: ClassVar[LossWeights] = LossWeights()
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -145,11 +146,11 @@ class LoraAdapter(nn.Module):
 
 
 class LoraAdapters(nn.Module):
-    """The adapters of a transformer, applied by hooks on its linears; with `strength` 0 these do nothing."""
+    """The adapters of a transformer, applied by hooks on its linears."""
 
     def __init__(self, transformer: JointTransformer, settings: LoraSettings) -> None:
         super().__init__()
-        self.scale, self.strength = settings.scale, 1.0
+        self.scale = settings.scale
         trained = targets(settings, transformer.config)
         self.names = list(trained)
         draw = generator(settings.seed, "lora")
@@ -165,10 +166,8 @@ class LoraAdapters(nn.Module):
 
     def _added(
         self, adapter: LoraAdapter, _: nn.Module, inputs: tuple[Tensor, Spans], result: Tensor
-    ) -> Tensor | None:
-        if not self.strength:
-            return None
-        change = adapter(*inputs) * (self.scale * self.strength)
+    ) -> Tensor:
+        change = adapter(*inputs) * self.scale
         # a loaded feed-forward may have been made wider by zeros (model/padding.py), and so may its input
         return result + F.pad(change, (0, result.shape[-1] - change.shape[-1]))
 
@@ -183,15 +182,18 @@ class BackwardStream(LayerStream):
 
     @contextmanager
     def anew(self, index: int) -> Iterator[None]:
-        """Around the second computation of layer `index`, begin to copy the layer before it."""
+        """Around the second computation of layer `index`, after it begin to copy the layer before.
+
+        Copies of two layers are there at most: at the start the gradient of the layer after this one has been
+        asked for, and its copy given back; it can be reused when the device has come as far. The lowest
+        layer's has been waited for when the next batch is copied to the device.
+        """
+        begun = self._module.current_stream(self.device).record_event() if self._module else None
         try:
             yield
         finally:
-            if self._module:  # no more copies ahead than one, as in the forward pass
-                computed = self._module.current_stream(self.device).record_event()
-                if self._computed is not None:
-                    self._computed.synchronize()
-                self._computed = computed
+            if begun is not None:
+                begun.synchronize()
             if index > self.resident:
                 self._start(index - 1)
 
@@ -218,9 +220,10 @@ def checkpointed(run_block: RunBlock) -> RunBlock:
 class LoraStage:
     """Trains a LoRA on a loaded transformer, whose weights stay as they are; a `Stage` of `loop.train`.
 
-    `negative` is the states of the negative prompt, [1, L, C]; `base` tells the checkpoint from others. With
-    `resident` the layers from that one on lie in CPU memory and are streamed. The accelerator says the device
-    of everything else, and how many batches make an update. `close` gives the transformer back as it was.
+    `negative` is the states of the negative prompt, [1, L, C]; `base` is the checkpoint's name, and
+    `identity` tells it from others. With `resident` the layers from that one on lie in CPU memory and are
+    streamed. The accelerator says the device of everything else, and how many batches make an update.
+    `close`, or the end of a `with`, gives the transformer back as it was and lets go of all that was made.
     """
 
     def __init__(
@@ -231,21 +234,37 @@ class LoraStage:
         settings: LoraSettings,
         accelerator: Accelerator,
         base: str,
+        identity: str = "",
         resident: int | None = None,
     ) -> None:
-        self.data, self.settings, self.accelerator, self.base = data, settings, accelerator, base
-        self.adapters = LoraAdapters(transformer, settings).to(accelerator.device)
-        self.stream = None
-        if resident is not None:
-            self.stream = BackwardStream(transformer.block.layers, accelerator.device, resident)
-        self._held = [leaf for leaf in transformer.modules() if _must_dequantize(leaf)]
-        for leaf in self._held:
-            leaf.patches = (_unchanged,)
-        transformer.requires_grad_(False)
-        self.networks = FlowNetworks(transformer, run_block=checkpointed(self.stream or run_in_place))
-        self.negative = negative.to(accelerator.device)
-        self.optimizer = Adam(self.adapters.parameters(), settings.rate)
-        self.ema = Ema(self.adapters, settings.ema)
+        self.data, self.settings, self.accelerator = data, settings, accelerator
+        self.base, self.identity = base, identity
+        device = accelerator.device
+        with ExitStack() as undo:
+            self.adapters = LoraAdapters(transformer, settings)
+            undo.callback(self.adapters.remove)
+            self.adapters.to(device)
+            self.stream = None
+            if resident is not None:
+                self.stream = BackwardStream(transformer.block.layers, device, resident)
+                undo.callback(self.stream.close)
+            for leaf in filter(_must_dequantize, transformer.modules()):
+                leaf.patches = (_unchanged,)
+                undo.callback(setattr, leaf, "patches", ())
+            transformer.requires_grad_(False)
+            self.networks = FlowNetworks(transformer, run_block=checkpointed(self.stream or run_in_place))
+            self.negative = negative.to(device)
+            self.optimizer = Adam(self.adapters.parameters(), settings.rate)
+            self.ema = Ema(self.adapters, DECAY)
+            self._undo = undo.pop_all()
+
+    def __enter__(self) -> "LoraStage":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
@@ -255,18 +274,27 @@ class LoraStage:
             **asdict(self.settings),
             "batches": self.accelerator.gradient_accumulation_steps,
             "base": self.base,
+            "base_file": self.identity,
+            "dtype": str(self._dtype),
             "data": self.data.fingerprint,
         }
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.networks.transformer.block.layers[0].mlp.compute_dtype
+
     def step(self, step: int) -> dict[str, float]:
-        """Make update number `step`; returns the mean loss and its parts, by stream, over the batches."""
+        """Make update number `step`; returns the mean loss and its parts, by stream, over the batches.
+
+        And the norm of the gradient before it is cut, which is not finite where the factors no longer are.
+        """
         scale_rates([self.optimizer], decayed(step, self.settings.steps))
         figures = accumulated(self.accelerator, self.adapters, self._loss, step)
-        self.accelerator.clip_grad_norm_(self.adapters.parameters(), LARGEST_GRADIENT)
+        norm = self.accelerator.clip_grad_norm_(self.adapters.parameters(), LARGEST_GRADIENT)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.adapters)
-        return figures
+        return {**figures, "gradient": norm.item()}
 
     def _loss(self, index: int) -> tuple[Tensor, dict[str, float]]:
         return drawn_loss(self.networks, self.data.batch(index), self.negative, self.settings, index)
@@ -290,8 +318,7 @@ class LoraStage:
 
         Raises OSError where that fails; then there is no new file.
         """
-        dtype = self.networks.transformer.block.layers[0].mlp.compute_dtype
-        tensors = self._tensors(dtype)
+        tensors = self._tensors(self._dtype)
         entries = [(name, DTYPE_NAMES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()]
         with SafetensorsWriter(path, entries, self._metadata()) as file:
             for name, tensor in tensors.items():
@@ -307,24 +334,21 @@ class LoraStage:
         return tensors
 
     def _metadata(self) -> dict[str, str]:
-        chosen = asdict(self.settings)
         told = ("steps", "rank", "blocks", "rate", "seed", "shift")
         return {
             "format": "pt",
             "family": FAMILY,
             "base": self.base,
             "alpha": f"{self.settings.alpha or self.settings.rank:g}",
-            **{name: f"{chosen[name]}" for name in told},
-            **{name: ", ".join(chosen[name]) for name in ("parts", "copies")},
+            **{name: f"{getattr(self.settings, name)}" for name in told},
+            **{name: ", ".join(getattr(self.settings, name)) for name in ("parts", "copies")},
         }
 
     def close(self) -> None:
-        """Take hooks and streaming off the transformer."""
-        self.adapters.remove()
-        for leaf in self._held:
-            leaf.patches = ()
-        if self.stream is not None:
-            self.stream.close()
+        """Take hooks and streaming off the transformer, and let go of it and of what was trained."""
+        self._undo.close()
+        for name in ("adapters", "stream", "networks", "negative", "optimizer", "ema"):
+            vars(self).pop(name, None)  # whoever still holds the stage, such as a traceback, holds none of it
 
 
 def _must_dequantize(leaf: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from ..model.checkpoint import Checkpoint, load
 from ..model.geometry import FilmShape
 from ..sampler.parts import Progress, default_vae_dtype
 from ..sampler.plan import Room, plan_film
-from .clips import ROLES, Encoders, prepare_clips
+from .clips import ROLES, Encoders, file_identity, prepare_clips
 from .loop import OnStep, train
 from .lora import LoraSettings, LoraStage, targets
 from .lora_memory import lora_stage_need, resident_layers
@@ -50,7 +50,7 @@ def prepare_lora(
     room: Room,
     progress: Progress,
 ) -> LoraStage:
-    """Encode the clips and load the transformer; `close` the stage when it is no longer needed.
+    """Encode the clips and load the transformer; use the stage in a `with`, or `close` it.
 
     `checkpoints` by role: transformer, text_encoder, video_vae, audio_vae. Must not run in inference mode.
     Raises ValueError, OSError or MemoryError naming what cannot be used, the dearest of it last.
@@ -65,6 +65,7 @@ def prepare_lora(
     for name, number in (("batch", job.batch), ("batches", job.batches)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    accelerator = accelerator_on(device, job.batches)
     need = lora_stage_need(transformer, job.shape, job.settings, job.batch, dtype, device)
     resident = resident_layers(need, device, room, job.resident)
     encoding = {role: checkpoints[role] for role in ROLES}
@@ -81,19 +82,49 @@ def prepare_lora(
     def told(done: int, total: int) -> None:
         progress(f"loading the {transformer.label}", done, total)
 
+    identity = file_identity(transformer.path)
     module = load(transformer, dtype, device, resident, told)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", gradient_accumulation_steps=job.batches, mixed_precision="no"
+    return LoraStage(
+        module, data, data.negative, job.settings, accelerator, transformer.path.name, identity, resident
     )
-    return LoraStage(module, data, data.negative, job.settings, accelerator, transformer.path.name, resident)
 
 
-def train_lora(job: LoraJob, stage: LoraStage, on_step: OnStep | None = None) -> list[dict[str, float]]:
+def accelerator_on(device: torch.device, batches: int) -> Accelerator:
+    """An accelerator for one process in full precision, `batches` batches making an update.
+
+    Its state is the process's: raises ValueError where somebody else has set it to something else.
+    """
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu", gradient_accumulation_steps=batches, mixed_precision="no"
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"accelerate is set up in this process in another way ({error}); start the process again, and "
+            "train before anything else uses accelerate"
+        ) from error
+    if accelerator.device.type != device.type:
+        raise ValueError(
+            f"accelerate is set up here for {accelerator.device.type}, not for {device.type}; start "
+            "the process again without ACCELERATE_USE_CPU, and train before anything else uses accelerate"
+        )
+    if accelerator.gradient_accumulation_steps != batches:
+        raise ValueError(
+            f"accelerate makes an update of {accelerator.gradient_accumulation_steps} batches, not of "
+            f"{batches}; unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+        )
+    return accelerator
+
+
+def train_lora(
+    job: LoraJob, stage: LoraStage, on_step: OnStep | None = None, elsewhere: str = "another folder"
+) -> list[dict[str, float]]:
     """Train, going on from the run's checkpoint if there is one, and write the LoRA.
 
-    Returns the figures of all steps. The checkpoint is deleted once the LoRA is there. Raises as `train`.
+    Returns the figures of all steps. The checkpoint is deleted once the LoRA is there. Raises as `train`,
+    of which `elsewhere` is.
     """
-    figures = train(stage, job.folder, job.settings.steps, on_step=on_step, title=TITLE)
+    figures = train(stage, job.folder, job.settings.steps, on_step=on_step, title=TITLE, elsewhere=elsewhere)
     stage.save(job.out)
     (job.folder / "checkpoint.pt").unlink(missing_ok=True)
     return figures

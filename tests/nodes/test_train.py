@@ -2,6 +2,8 @@
 
 import shutil
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from host import Client, Prompt
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from happyhorse import pony
 from happyhorse.media import FilmWriter
+from happyhorse.model.config import MAGIHUMAN, PONY
 from happyhorse.model.geometry import FILM_RATE
 from happyhorse.model.lora import Strengths
 from happyhorse.nodes import train
@@ -23,6 +27,7 @@ from happyhorse.nodes.lora import load_lora
 from happyhorse.nodes.model import load_model
 from happyhorse.nodes.sampler import HappyHorseSampler
 from happyhorse.nodes.train import HappyHorseTrainLora
+from happyhorse.training.lora import LoraStage
 
 SIZE, FRAMES = (32, 32), 12
 SETTINGS = {
@@ -116,6 +121,77 @@ def test_an_interrupted_run_goes_on_to_the_same_lora(home: Path, monkeypatch: py
     run()
     expected, got = (load_file(home / "loras" / f"{name}.safetensors") for name in ("unbroken", "mine"))
     assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+def test_what_was_loaded_is_let_go_of_before_the_memory_is_given_back(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, alive = [], []
+
+    class Watched(LoraStage):
+        def __init__(self, transformer: torch.nn.Module, *rest: Any) -> None:
+            super().__init__(transformer, *rest)
+            made.extend(weakref.ref(thing) for thing in (transformer, self.adapters, self.optimizer))
+            transformer.block.layers[1].register_forward_pre_hook(full)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    def count() -> None:
+        alive.append(sum(thing() is not None for thing in made))
+
+    monkeypatch.setattr("happyhorse.training.lora_run.LoraStage", Watched)
+    monkeypatch.setattr(comfy.model_management, "soft_empty_cache", count)
+    with pytest.raises(torch.OutOfMemoryError):
+        run()
+    assert len(made) == 3 and alive[-1] == 0
+    assert (home / "output" / train.RUNS / "mine" / "cache").is_dir()
+
+
+def test_other_settings_under_a_name_are_told_to_take_another(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraStage, "save", broken)
+        with pytest.raises(OSError, match="the disk is full"):
+            run()
+    with pytest.raises(ValueError, match="give the same settings or another name"):
+        run(seed=5)
+    for name in ("log.jsonl", "loss.png"):
+        (home / "output" / train.RUNS / "mine" / name).unlink()
+    assert (run()[1] == 1).all()  # it was done: there is nothing to draw
+
+
+def test_a_file_that_does_not_say_its_variant_is_trained_as_base_and_that_is_said(
+    home: Path, pony_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source,) = (pony_folder / "base").glob("*.safetensors")
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths,
+        "diffusion_models",
+        ([str(home / "models")], {".safetensors"}),
+    )
+    folder_paths.filename_list_cache.pop("diffusion_models", None)
+    (home / "models").mkdir()
+    with safe_open(source, "pt") as file:
+        header = {name: value for name, value in file.metadata().items() if name != "variant"}
+    save_file(load_file(source), home / "models" / "mine.safetensors", header)
+    shown = []
+    monkeypatch.setattr(train, "show", shown.append)
+    run(base="mine.safetensors")
+    assert train.GUESSED in shown[-1]
+    run()
+    assert train.GUESSED not in shown[-1]
+
+
+def test_the_negative_prompt_is_that_of_the_models_preset() -> None:
+    for preset in (PONY, MAGIHUMAN):
+        assert train.negative_prompt("base", preset.transformers["base"]) == preset.negative_prompt
+    other = replace(PONY.transformers["base"], num_layers=7)
+    assert train.negative_prompt("base", other) == MAGIHUMAN.negative_prompt
 
 
 @pytest.mark.parametrize(

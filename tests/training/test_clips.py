@@ -4,7 +4,9 @@ import contextlib
 import json
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -18,7 +20,7 @@ from happyhorse.model.geometry import FILM_RATE, FilmShape
 from happyhorse.model.prompt import encode_prompt
 from happyhorse.model.run_block import RunBlock
 from happyhorse.sampler.parts import open_part
-from happyhorse.training.clips import ClipData, Encoders, find_clips, prepare_clips, read_clip
+from happyhorse.training.clips import ClipData, Encoders, _frames, find_clips, prepare_clips, read_clip
 
 SHAPE = FilmShape(64, 32, 9)  # 9 pictures
 CPU = torch.device("cpu")
@@ -142,6 +144,41 @@ def test_other_rates_and_sizes_are_brought_to_the_shape(
     torch.testing.assert_close(found, greys[shown].float(), rtol=0, atol=3)
 
 
+def test_frames_without_times_come_one_after_the_other(tmp_path: Path) -> None:
+    def frames(*times: float | None, rate: int | None = 50) -> list[float]:
+        decoded = [
+            SimpleNamespace(
+                time=time, duration=0, rotation=0,
+                to_image=partial(Image.new, "RGB", (64, 32), (12 * number,) * 3),
+            )
+            for number, time in enumerate(times)
+        ]  # fmt: skip
+        container = SimpleNamespace(decode=lambda _: decoded)
+        found, _ = _frames(container, SimpleNamespace(average_rate=rate), SHAPE, tmp_path / "a.avi")
+        return [(float(frame.mean()) + 1) / 2 * 255 for frame in found]
+
+    stamped = frames(*(number / 50 for number in range(20)))
+    assert len(stamped) == 9 and frames(*[None] * 20) == stamped
+    assert frames(None, *(number / 50 for number in range(1, 20))) == stamped
+    with pytest.raises(ValueError, match=r"a\.avi has pictures without times and no rate"):
+        frames(None, rate=None)
+
+
+@pytest.mark.parametrize(("late", "heard"), [(-5.0, 0), (-0.3, 0.06), (0.1, 0.26), (1e6, 0)])
+def test_sound_that_begins_before_or_after_the_picture_keeps_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: float, heard: float
+) -> None:
+    path = write_clip(tmp_path / "a.mp4")
+    monkeypatch.setattr("happyhorse.training.clips._start", lambda s: late if s.type == "audio" else 0.0)
+    monkeypatch.setattr(
+        "happyhorse.training.clips.read_audio",
+        lambda _, rate, channels, seconds: torch.ones(channels, int(min(seconds, 0.36) * rate)),
+    )
+    _, sound = read_clip(path, SHAPE)
+    assert sound.shape == (2, 9 * 2048)
+    assert float(sound[0].sum()) / ENCODE_RATE == pytest.approx(heard, abs=0.005)
+
+
 def test_a_clip_is_cropped_as_the_image_of_a_film_is(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     coarse = Image.fromarray(draw.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((128, 96))
@@ -210,6 +247,23 @@ def test_other_networks_have_other_files_in_the_cache(tmp_path: Path, encoders: 
     other = Encoders(encoders.use, encoders.tokenizer, {**encoders.names, "video_vae": "another"})
     second, _ = prepared(folder, other)
     assert first.latents != second.latents and first.texts == second.texts
+
+
+def test_the_fingerprint_changes_with_the_negative_prompt(tmp_path: Path, encoders: Encoders) -> None:
+    folder = write_folder(tmp_path / "clips", {"a": "a red circle"})
+    first, other = (
+        prepare_clips(folder, folder / "cache", SHAPE, encoders, negative, CPU, lambda *_: None)
+        for negative in (NEGATIVE, "noise")
+    )
+    assert first.texts == other.texts and first.fingerprint != other.fingerprint
+
+
+def test_networks_in_another_dtype_have_other_files_in_the_cache(pony_folder: Path) -> None:
+    roles = {"text_encoder": "text_encoder", "video_vae": "wan22_vae.safetensors", "audio_vae": "audio_vae"}
+    checkpoints = {role: open_part(role, pony_folder / name) for role, name in roles.items()}
+    one, other = (Encoders.of(checkpoints, CPU, dtype).names for dtype in (torch.float32, torch.bfloat16))
+    # on a CPU the VAEs are float32 always
+    assert {role for role in one if one[role] != other[role]} == {"text_encoder"}
 
 
 def test_a_stop_leaves_only_whole_files_and_the_next_start_goes_on(

@@ -221,6 +221,25 @@ def test_a_checkpoint_of_other_settings_is_refused_and_names_what_differs(tmp_pa
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_a_caller_says_what_to_give_for_a_new_run(tmp_path: Path) -> None:
+    interrupted_at(2, tmp_path, seed=1)
+    with pytest.raises(ValueError, match="give the same settings or another name"):
+        train(SmallStage(), tmp_path, STEPS, title=TITLE, elsewhere="another name")
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="delete it to start again, or give another name"):
+        train(SmallStage(), tmp_path, STEPS, title=TITLE, elsewhere="another name")
+
+
+def test_a_picture_that_was_deleted_is_drawn_again(
+    whole: tuple[SmallStage, list[dict[str, float]], Path],
+) -> None:
+    picture = whole[2] / "loss.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    train(SmallStage(), whole[2], STEPS, title=TITLE)
+    assert picture.read_bytes() == before
+
+
 def test_more_steps_are_trained_on_where_the_fingerprint_does_not_name_them(
     whole: tuple[SmallStage, list[dict[str, float]], Path], tmp_path: Path
 ) -> None:
@@ -247,7 +266,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(
-        NotADirectoryError, match="run is a file; give a folder for the checkpoints of A small"
+        NotADirectoryError, match="run is a file; give another folder for the checkpoints of A small"
     ):
         train(SmallStage(), tmp_path / "run", STEPS, title=TITLE)
 

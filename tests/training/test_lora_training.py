@@ -1,11 +1,17 @@
 """LoRA training on a small transformer: what is trained, how it is saved, and that it is loaded as it was."""
 
+import re
+import weakref
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 
 from happyhorse.kernels.scaled_matmul import scaled_linear
@@ -21,15 +27,23 @@ from happyhorse.pony import random_weight
 from happyhorse.training.flow import Batch, FlowNetworks
 from happyhorse.training.generators import generator
 from happyhorse.training.loop import train
-from happyhorse.training.lora import LoraSettings, LoraStage, targets
+from happyhorse.training.lora import BackwardStream, LoraSettings, LoraStage, targets
+from happyhorse.training.lora_run import accelerator_on
 
 CONFIG = TransformerConfig(
     num_layers=4, hidden_size=64, head_dim=16, num_query_groups=2, video_in_channels=16, audio_in_channels=4,
     text_in_channels=12, mm_layers=(0, 3), gelu7_layers=(0,), local_attn_layers=(), frame_receptive_field=1,
     enable_attn_gating=True, coords_style="v2",
 )  # fmt: skip
-SETTINGS = LoraSettings(steps=30, rank=4, alpha=6.0, rate=1e-2, image=0.0, audio=0.0, negative=0.0)
+SETTINGS = LoraSettings(steps=30, rank=4, alpha=6.0, rate=1e-2, negative=0.0)
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def every_film_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hold nothing clean, so that losses of one batch can be compared."""
+    monkeypatch.setattr(LoraSettings, "image", 0.0)
+    monkeypatch.setattr(LoraSettings, "audio", 0.0)
 
 
 def transformer(dtype: torch.dtype = torch.float32) -> JointTransformer:
@@ -80,6 +94,7 @@ def stage(
         settings,
         accelerator,
         "base",
+        "its file",
         resident,
     )
 
@@ -123,16 +138,13 @@ def test_the_loss_falls_on_a_fixed_batch_and_the_weights_stay() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def test_an_untrained_lora_and_strength_zero_are_bit_identical_to_none() -> None:
+def test_an_untrained_lora_and_one_that_was_taken_off_are_bit_identical_to_none() -> None:
     module = transformer()
     plain = velocity(module)
     lora = stage(module)
     assert error(velocity(module), plain) == 0
     trained(lora)
     assert error(velocity(module), plain) > 1e-3
-    lora.adapters.strength = 0.0
-    assert all(torch.equal(a, b) for a, b in zip(velocity(module), plain, strict=True))
-    lora.adapters.strength = 1.0
     lora.close()
     assert all(torch.equal(a, b) for a, b in zip(velocity(module), plain, strict=True))
 
@@ -239,6 +251,30 @@ def test_streamed_layers_are_copied_ahead_both_ways() -> None:
     assert copied == there + back
 
 
+def test_a_layer_is_copied_ahead_when_the_gradient_of_the_one_above_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done, numbers = [], count()
+
+    def record_event() -> SimpleNamespace:
+        number = next(numbers)
+        done.append(f"recorded {number}")
+        return SimpleNamespace(synchronize=lambda: done.append(f"waited for {number}"))
+
+    queue = SimpleNamespace(record_event=record_event)
+    stream = BackwardStream(transformer().block.layers, CPU, 1)
+    monkeypatch.setattr(stream, "_module", SimpleNamespace(current_stream=lambda _: queue))
+    monkeypatch.setattr(stream, "_start", lambda index: done.append(f"copied {index}"))
+    for index in (3, 2, 1):
+        with stream.anew(index):
+            done.append(f"computed {index}")
+    assert done == [
+        "recorded 0", "computed 3", "waited for 0", "copied 2",
+        "recorded 1", "computed 2", "waited for 1", "copied 1",
+        "recorded 2", "computed 1", "waited for 2",
+    ]  # fmt: skip
+
+
 def test_layers_are_computed_anew_and_give_the_same_gradient() -> None:
     module = transformer()
     runs = []
@@ -262,14 +298,82 @@ def test_quantised_weights_are_multiplied_as_values_where_fast_products_have_no_
 
     monkeypatch.setattr(QuantizedWeight, "is_fast_for", lambda *_: True)
     monkeypatch.setattr("happyhorse.model.quant.scaled_linear", fast)
-    lora = stage(quantized("float8_e4m3fn"))
-    plain = stage(transformer())
+    module = quantized("float8_e4m3fn")
+    lora, plain = stage(module), stage(transformer())
     for one in (lora, plain):
         one.networks(*Fixed().batch(0)).video.square().mean().backward()
     down = [one.adapters.adapters[0].up.grad for one in (lora, plain)]
     assert float(torch.cosine_similarity(*(grad.flatten() for grad in down), dim=0)) > 0.9
     lora.close()
-    assert all(leaf.patches == () for leaf in lora.networks.modules() if isinstance(leaf, ModalityLinear))
+    assert all(leaf.patches == () for leaf in module.modules() if isinstance(leaf, ModalityLinear))
+
+
+def test_a_stage_that_is_over_or_could_not_be_made_holds_nothing_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, closed = quantized("float8_e4m3fn"), []
+    monkeypatch.setattr(BackwardStream, "close", lambda stream: closed.append(stream.resident))
+
+    def untouched(module: JointTransformer) -> bool:
+        leaves = [leaf for leaf in module.modules() if isinstance(leaf, ModalityLinear)]
+        return not any(leaf._forward_hooks or leaf.patches for leaf in leaves)
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("happyhorse.training.lora.Ema", full)
+        with pytest.raises(MemoryError):
+            stage(module, resident=1)
+    assert untouched(module) and closed == [1]
+    with pytest.raises(InterruptedError), stage(module, resident=2) as lora:
+        assert not untouched(module)
+        raise InterruptedError
+    assert untouched(module) and closed == [1, 2]
+    gone = weakref.ref(module)
+    del module
+    assert gone() is None and not any(isinstance(value, torch.Tensor) for value in vars(lora).values())
+    lora.close()
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    lora, folder = stage(settings=replace(SETTINGS, steps=2)), tmp_path / "run"
+    weight = lora.adapters.adapters[0].up
+    weight.register_hook(lambda grad: grad * float("nan") if "last" in told else grad)
+    told = []
+    with pytest.raises(ValueError, match="LoRA: gradient is nan at step 1, it must be finite"):
+        train(lora, folder, 2, save_every_seconds=0, on_step=lambda *_: told.append("last"), title="LoRA")
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["done"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"identity": "another"}, "base_file its file (now another)"),
+        ({"dtype": torch.bfloat16}, "dtype torch.float32 (now torch.bfloat16)"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_base_or_dtype(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    train(stage(), tmp_path, 1, title="LoRA")
+    other = stage(transformer(changed.get("dtype", torch.float32)))
+    other.identity = changed.get("identity", other.identity)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(other, tmp_path, 1, title="LoRA")
+
+
+def test_an_accelerator_that_is_not_what_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accelerator_on(CPU, 3).gradient_accumulation_steps == 3
+    with pytest.raises(ValueError, match="accelerate is set up here for cpu, not for meta"):
+        accelerator_on(torch.device("meta"), 1)  # as for a GPU where another has asked for the CPU
+    with monkeypatch.context() as patched:
+        patched.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+        with pytest.raises(ValueError, match="an update of 4 batches, not of 2"):
+            accelerator_on(CPU, 2)
+    monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "bf16")
+    with pytest.raises(ValueError, match="set up in this process in another way"):
+        accelerator_on(CPU, 1)
 
 
 def test_a_feed_forward_widened_for_speed_is_trained_like_the_plain_one() -> None:
@@ -289,8 +393,9 @@ def test_a_feed_forward_widened_for_speed_is_trained_like_the_plain_one() -> Non
     assert error(with_averages(found), with_averages(expected)) < 1e-3
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, steps=6, image=0.3, audio=0.3, negative=0.3)
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # films are held
+    settings = replace(SETTINGS, steps=6, negative=0.3)
 
     def fresh() -> LoraStage:
         return stage(settings=settings, data=Changing(), batches=2)

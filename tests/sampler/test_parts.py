@@ -60,7 +60,7 @@ def test_a_film_of_compiled_layers_is_the_same(pony_folder: Path, tmp_path: Path
     want = latents_of_a_film(tmp_path, pony_folder)
     got = latents_of_a_film(tmp_path, pony_folder, "--compile", "--offload", "blocks")
     for name, stream in want.items():
-        torch.testing.assert_close(got[name], stream, rtol=0, atol=1e-5)
+        assert (got[name] - stream).norm() < 1e-5 * stream.norm()
     # layers of one kind share their code, also where their weights come and go
     assert 0 < counters["stats"]["unique_graphs"] <= 10
 

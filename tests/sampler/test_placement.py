@@ -130,7 +130,8 @@ def test_pieces_of_the_film_give_the_same_velocity_but_for_rounding(
     start, text = FilmNoise(0).initial(film), torch.randn(2, 9, 96)
     got = network_of(transformer, in_pieces(run_in_place, piece))(start, text)
     for a, b in zip(got, network_of(transformer)(start, text), strict=True):
-        assert relative_error(a, b) < 1e-5
+        # the pony's super-resolution never learnt to change a sound: that velocity is zero
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 def parts_of(pony_folder: Path, *placements: Placement) -> Parts:

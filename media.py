@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from .model.geometry import FILM_RATE
 
 AAC_FRAME = 1024  # samples that one packet of sound holds
-SMALL_PICTURE = 256  # pixels of the shorter side, below which the encoder is set otherwise
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 UPSCALE_MODES = ("bilinear", "nearest", "bicubic")
 BT709 = 1  # primaries, transfer and matrix of high definition video have this number (ITU-T H.273)
@@ -306,9 +305,8 @@ class FilmWriter:
         }
         self._container = av.open(f"file:{self._temporary}", "w", format="mp4", options=options)
         self._container.metadata.update(self.metadata)
-        encoder = {"crf": "17", "preset": "medium"}
-        if min(self.width, self.height) < SMALL_PICTURE:
-            encoder["mbtree"] = "0"  # with it small films differ from run to run: it reads past short rows
+        # with mbtree films of some sizes (96x96, 288x288) differ from run to run
+        encoder = {"crf": "17", "preset": "medium", "mbtree": "0"}
         self._video = self._container.add_stream("libx264", rate=self.fps, options=encoder)
         self._video.width, self._video.height, self._video.pix_fmt = self.width, self.height, "yuv420p"
         video = self._video.codec_context

@@ -29,7 +29,37 @@ MOTION_WEIGHT, FIRST_FRAME_WEIGHT, EDGE_WEIGHT = 4.0, 2.0, 0.5
 ENCODER_EVERY, OWN_LATENTS = 3, 0.7  # steps; share of the first round before the decoder sees its encoder
 
 
-class VideoVAEStage:
+class _PictureStage:
+    """What the trainings of `module` on crops of clips and the latents of `codec` have in common."""
+
+    def __init__(
+        self, part: str, module: nn.Module, codec: PatchCodec, pool: VideoPool, steps: int, seed: int,
+        device: torch.device | str,
+    ) -> None:  # fmt: skip
+        start(module, generator(seed, "start"))
+        self.module = module.to(device)
+        self.codec, self.pool, self.steps, self.seed, self.device = codec, pool, steps, seed, device
+        self.optimizers = optimizers(module, MUON_RATE, ADAM_RATE)
+        self.ema = Ema(module, EMA_DECAY)
+        self.fingerprint = {"part": part, **module.config.to_dict(), "steps": steps, "seed": seed}
+
+    def _noised(self, latents: Tensor, step: int) -> Tensor:
+        noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", step))
+        return latents + LATENT_NOISE * noise.to(self.device)
+
+    def _update(self, step: int) -> None:
+        update(self.module, self.optimizers, self.ema, round_rate(step, self.steps))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, their average, and the optimizers' momenta."""
+        return training_state(self.module, self.optimizers, self.ema)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        load_training_state(state, self.module, self.optimizers, self.ema)
+
+
+class VideoVAEStage(_PictureStage):
     """Trains the encoder towards the latents of `codec`, and the decoder from them; see training/loop.py.
 
     The encoder learns faster and is trained in every third step. From the last part of the first round on,
@@ -45,13 +75,7 @@ class VideoVAEStage:
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.vae = VideoVAE(config)
-        start(self.vae, generator(seed, "start"))
-        self.vae.to(device)
-        self.codec, self.pool, self.steps, self.seed, self.device = codec, pool, steps, seed, device
-        self.optimizers = optimizers(self.vae, MUON_RATE, ADAM_RATE)
-        self.ema = Ema(self.vae, EMA_DECAY)
-        self.fingerprint = {"part": "video_vae", **config.to_dict(), "steps": steps, "seed": seed}
+        super().__init__("video_vae", VideoVAE(config), codec, pool, steps, seed, device)
 
     def step(self, step: int) -> dict[str, float]:
         """Reconstruct crops, and follow the gradient."""
@@ -62,37 +86,28 @@ class VideoVAEStage:
         own = step >= OWN_LATENTS * self.steps and step % 2 == 1
         if own or step % ENCODER_EVERY == 0:
             with torch.set_grad_enabled(step % ENCODER_EVERY == 0):
-                latents = encode_film(self.vae, video)
+                latents = encode_film(self.module, video)
                 latent_loss = (latents - target).square().mean()
             if latent_loss.requires_grad:
                 latent_loss.backward()
                 figures["latent_loss"] = latent_loss.item()
             seen = latents.detach() if own else target
-        noise = torch.randn(seen.shape, generator=generator(self.seed, "noise", step)).to(self.device)
-        film = decode_film(self.vae, seen + LATENT_NOISE * noise)
+        film = decode_film(self.module, self._noised(seen, step))
         loss, figures["psnr"] = picture_loss(film, video)
         loss.backward()
-        update(self.vae, self.optimizers, self.ema, round_rate(step, self.steps))
+        self._update(step)
         return {"loss": loss.item(), **figures}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, their average, and the optimizers' momenta."""
-        return training_state(self.vae, self.optimizers, self.ema)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        load_training_state(state, self.vae, self.optimizers, self.ema)
 
     def trained(self) -> VideoVAE:
         """The averaged network, its latents normalised by the published constants."""
-        vae = VideoVAE(self.vae.config)
-        vae.load_state_dict(self.vae.state_dict())
+        vae = VideoVAE(self.module.config)
+        vae.load_state_dict(self.module.state_dict())
         self.ema.copy_to(vae)
         fold_constants(vae)
         return vae
 
 
-class VideoDecoderStage:
+class VideoDecoderStage(_PictureStage):
     """Trains the light decoder on the latents of `codec`, in rounds of `steps`; see training/loop.py."""
 
     def __init__(
@@ -104,35 +119,20 @@ class VideoDecoderStage:
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.decoder = VideoDecoder(config)
-        start(self.decoder, generator(seed, "start"))
-        self.decoder.to(device)
-        self.codec, self.pool, self.steps, self.seed, self.device = codec, pool, steps, seed, device
-        self.optimizers = optimizers(self.decoder, MUON_RATE, ADAM_RATE)
-        self.ema = Ema(self.decoder, EMA_DECAY)
-        self.fingerprint = {"part": "video_decoder", **config.to_dict(), "steps": steps, "seed": seed}
+        super().__init__("video_decoder", VideoDecoder(config), codec, pool, steps, seed, device)
 
     def step(self, step: int) -> dict[str, float]:
         """Decode the latents of crops, and follow the gradient."""
         video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
-        latents = self.codec.encode(video)
-        noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", step)).to(self.device)
-        loss, psnr = picture_loss(self.decoder.decode(latents + LATENT_NOISE * noise), video)
+        latents = self._noised(self.codec.encode(video), step)
+        loss, psnr = picture_loss(self.module.decode(latents), video)
         loss.backward()
-        update(self.decoder, self.optimizers, self.ema, round_rate(step, self.steps))
+        self._update(step)
         return {"loss": loss.item(), "psnr": psnr}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights, their average, and the optimizers' momenta."""
-        return training_state(self.decoder, self.optimizers, self.ema)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        load_training_state(state, self.decoder, self.optimizers, self.ema)
 
     def trained(self) -> VideoDecoder:
         """The averaged network."""
-        decoder = VideoDecoder(self.decoder.config)
+        decoder = VideoDecoder(self.module.config)
         self.ema.copy_to(decoder)
         return decoder
 

@@ -82,7 +82,7 @@ def test_training_makes_pictures_better(part: str, pool: VideoPool, codec: Patch
 def test_the_trained_vae_has_the_codecs_latents(pool: VideoPool, codec: PatchCodec) -> None:
     stage = _stage("video_vae", pool, codec, steps=300)
     film = pool.crops(1, 48, Random(5))
-    before = (encode_film(stage.vae, film) - codec.encode(film)).square().mean()
+    before = (encode_film(stage.module, film) - codec.encode(film)).square().mean()
     for step in range(90):
         stage.step(step)
     after = (stage.trained().encode(film) - codec.encode(film)).square().mean()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.convolution import SmallFilmConv3d
 from .quant import QuantizedWeight, WeightPatch
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) of the tokens of each modality: video, audio, text
@@ -65,7 +66,7 @@ class Conv2d(nn.Conv2d):
         return self._conv_forward(x, _cast(self.weight, x), _cast(self.bias, x))
 
 
-class Conv3d(nn.Conv3d):
+class Conv3d(SmallFilmConv3d):
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, _cast(self.weight, x), _cast(self.bias, x))
 

@@ -11,6 +11,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
+from ..kernels.convolution import SmallFilmConv3d
 from ..model import operations as core
 from ..model.operations import Spans
 from .quantized import to_core
@@ -44,6 +45,9 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
             """What the host's patches start from."""
             return weight.dequantize() if isinstance(weight, comfy.ops.QuantizedTensor) else weight
 
+    class Conv3d(SmallFilmConv3d, base.Conv3d):
+        """A host convolution that computes as the core's."""
+
     class Embedding(base.Embedding):
         """A host embedding; of a quantised table only the rows asked for are worked out."""
 
@@ -57,7 +61,7 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
     return SimpleNamespace(
         Linear=base.Linear,
         Conv2d=base.Conv2d,
-        Conv3d=base.Conv3d,
+        Conv3d=Conv3d,
         Embedding=Embedding,
         ModalityLinear=ModalityLinear,
         ModalityRMSNorm=ModalityRMSNorm,

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -16,14 +15,29 @@ from .media import UPSCALE_MODES
 from .model.config import PRESETS, VARIANTS
 from .model.convert import FORMATS
 from .model.geometry import FPS, MAX_SECONDS, MIN_SECONDS
-from .model.lora import MODALITIES, Lora, Strengths
+from .option_values import (
+    parse_count,
+    parse_device,
+    parse_gigabytes,
+    parse_lora,
+    parse_names,
+    parse_planned_size,
+    parse_rank,
+    parse_rate,
+    parse_resident,
+    parse_seed,
+    parse_size,
+    parse_steps,
+    parse_text,
+    parse_updates,
+    parse_upscale,
+)
 from .sampler.pipeline import AUDIO_MODES
 from .sampler.placement import OFFLOADS
 
 Command = Callable[[argparse.Namespace], int | None]  # its exit code, None is 0
-LORA_STRENGTHS = (*MODALITIES, "shared")
 PONY_STAGES = (
-    "audio_vae", "video_vae", "video_decoder", "base", "distill", "super_resolution", "measure"
+    "audio_vae", "video_vae", "video_decoder", "base", "distill", "super_resolution", "lora", "measure"
 )  # fmt: skip
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PART_OPTIONS = {
@@ -34,12 +48,6 @@ PART_OPTIONS = {
     "turbo": ("--turbo-vae", "fast video decoder"),
     "audio_vae": ("--audio-vae", "audio VAE"),
 }
-
-
-def _text(text: str) -> str:
-    if not text.strip() or text.encode(errors="ignore").decode() != text:
-        raise argparse.ArgumentTypeError(f"must be words in UTF-8, got {text!r}")
-    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,9 +98,9 @@ def parser(
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", required=True, type=_text, help="what is to be seen and heard")
+    parser.add_argument("--prompt", required=True, type=parse_text, help="what is to be seen and heard")
     parser.add_argument(
-        "--negative", type=_text, help="what is not; base only (default: the preset's negative prompt)"
+        "--negative", type=parse_text, help="what is not; base only (default: the preset's negative prompt)"
     )
     parser.add_argument("--image", type=Path, help="the first frame")
     parser.add_argument("--audio", type=Path, help="sound (or a film with sound) that the film follows")
@@ -112,10 +120,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, help=f"{MIN_SECONDS:g} to {MAX_SECONDS:g} in steps of {1 / FPS:g}"
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="multiples of 32")
+    size.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="multiples of 32")
     size.add_argument("--aspect", choices=tuple(PRESETS["magihuman"].sizes))
-    parser.add_argument("--seed", type=_seed, default=42)
-    parser.add_argument("--steps", type=_steps, help="default: the variant's own number")
+    parser.add_argument("--seed", type=parse_seed, default=42)
+    parser.add_argument("--steps", type=parse_steps, help="default: the variant's own number")
     parser.add_argument("--variant", choices=("base", "distill"), default="distill")
     parser.add_argument("--sr", choices=("540p", "1080p"), help="super-resolution")
     parser.add_argument(
@@ -123,7 +131,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--upscale",
-        type=_upscale,
+        type=parse_upscale,
         metavar="WIDTHxHEIGHT[:MODE]",
         help=f"plain resizing of the finished frames: {', '.join(UPSCALE_MODES)}",
     )
@@ -176,7 +184,7 @@ def _add_models(parser: argparse.ArgumentParser, roles: Sequence[str] = tuple(PA
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
-        type=_planned_size,
+        type=parse_planned_size,
         metavar="SIZE",
         help="plan one film: 256p, 540p, 1080p (the last two by super-resolution) or WIDTHxHEIGHT",
     )
@@ -189,27 +197,6 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoder", choices=("turbo", "wan"), default="turbo", help="which network makes the pixels"
     )
-
-
-def _planned_size(text: str) -> str | tuple[int, int]:
-    if text in ("256p", "540p", "1080p"):
-        return text
-    try:
-        return _size(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"must be 256p, 540p, 1080p or look like 448x256, got {text!r}"
-        ) from None
-
-
-def _gigabytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of GB above 0, got {text!r}")
-    return value
 
 
 def _add_compute(parser: argparse.ArgumentParser) -> None:
@@ -230,10 +217,14 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
         choices=tuple(DTYPES),
         help="of the transformers' linears and the text encoder; default: bfloat16, on a CPU float32",
     )
-    parser.add_argument("--device", type=_device, default=None, help="default: the accelerator, else the CPU")
-    parser.add_argument("--vram", type=_gigabytes, metavar="GB", help="use so much of the device's memory")
     parser.add_argument(
-        "--ram", type=_gigabytes, metavar="GB", help="use so much RAM; both replace what is free"
+        "--device", type=parse_device, default=None, help="default: the accelerator, else the CPU"
+    )
+    parser.add_argument(
+        "--vram", type=parse_gigabytes, metavar="GB", help="use so much of the device's memory"
+    )
+    parser.add_argument(
+        "--ram", type=parse_gigabytes, metavar="GB", help="use so much RAM; both replace what is free"
     )
 
 
@@ -283,7 +274,7 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
     for action in (convert, extract, merge):
         action.add_argument("out", type=Path, metavar="OUT", help="the file to write (.safetensors)")
         action.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    extract.add_argument("--rank", required=True, type=_rank, help="32 or 64 is common; more is nearer")
+    extract.add_argument("--rank", required=True, type=parse_rank, help="32 or 64 is common; more is nearer")
     merge.add_argument("--variant", choices=VARIANTS, help="of a file whose header and name do not tell it")
 
 
@@ -302,7 +293,7 @@ def _add_train_pony(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="for the trained parts (default: the pack's own pony)"
     )
-    parser.add_argument("--device", type=_device, help="default: the accelerator, else the CPU")
+    parser.add_argument("--device", type=parse_device, help="default: the accelerator, else the CPU")
     parser.add_argument("--compile", action="store_true", help="compile layers: faster, needs a C++ compiler")
 
 
@@ -337,165 +328,43 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     lora.add_argument(
         "--variant", choices=("base", "distill"), default="base", help="the model to train on (default: base)"
     )
-    lora.add_argument("--steps", type=_updates, default=1000, help="updates (default: 1000)")
-    lora.add_argument("--rate", type=_rate, help="learning rate (default: 2e-4)")
-    lora.add_argument("--rank", type=_rank, help="of every change (default: 16)")
-    lora.add_argument("--alpha", type=_rate, help="the change counts alpha / rank times (default: the rank)")
+    lora.add_argument("--steps", type=parse_updates, default=1000, help="updates (default: 1000)")
+    lora.add_argument("--rate", type=parse_rate, help="learning rate (default: 2e-4)")
+    lora.add_argument("--rank", type=parse_rank, help="of every change (default: 16)")
+    lora.add_argument(
+        "--alpha", type=parse_rate, help="the change counts alpha / rank times (default: the rank)"
+    )
     lora.add_argument("--blocks", help="layers to train, such as 0-11,30 (default: all)")
     lora.add_argument(
-        "--parts", type=_names, metavar="NAMES", help="of attention,mlp those to train (default: both)"
+        "--parts", type=parse_names, metavar="NAMES", help="of attention,mlp those to train (default: both)"
     )
     lora.add_argument(
         "--copies",
-        type=_names,
+        type=parse_names,
         metavar="NAMES",
         help="of video,audio,text (in the layers with a weight for each) and shared (all others) those to "
         "train (default: all)",
     )
     size = lora.add_mutually_exclusive_group()
-    size.add_argument("--size", type=_size, metavar="WIDTHxHEIGHT", help="multiples of 32; clips are cropped")
+    size.add_argument(
+        "--size", type=parse_size, metavar="WIDTHxHEIGHT", help="multiples of 32; clips are cropped"
+    )
     size.add_argument("--aspect", choices=tuple(PRESETS["magihuman"].sizes))
     lora.add_argument("--seconds", type=float, help="of each clip, from its start (default: as for generate)")
-    lora.add_argument("--batch", type=_count, default=1, help="clips computed at once (default: 1)")
-    lora.add_argument("--accumulation", type=_count, default=1, help="batches of an update (default: 1)")
-    lora.add_argument("--seed", type=_seed, help="default: 0")
+    lora.add_argument("--batch", type=parse_count, default=1, help="clips computed at once (default: 1)")
+    lora.add_argument("--accumulation", type=parse_count, default=1, help="batches of an update (default: 1)")
+    lora.add_argument("--seed", type=parse_seed, help="default: 0")
     lora.add_argument(
-        "--negative", type=_text, help="the negative prompt of your films (default: the preset's)"
+        "--negative", type=parse_text, help="the negative prompt of your films (default: the preset's)"
     )
     _add_device(lora)
     lora.add_argument(
         "--resident",
-        type=_resident,
+        type=parse_resident,
         metavar="LAYERS|auto",
         help="so many of the transformer's first layers stay on the device, the others come from RAM layer "
         "by layer; auto: as many as fit (default)",
     )
-
-
-def _updates(text: str) -> int:
-    return _whole(text, 1, 10**6)
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1, 1024)
-
-
-def _resident(text: str) -> int | None:
-    return None if text == "auto" else _whole(text, 0, 1000)
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must look like 448x256, got {text!r}")
-    return int(width), int(height)
-
-
-def _upscale(text: str) -> tuple[int, int, str]:
-    size, _, mode = text.partition(":")
-    width, height = _size(size)
-    if width % 2 or height % 2 or not min(width, height) >= 2 or max(width, height) > 8192:
-        raise argparse.ArgumentTypeError(f"width and height must be even and at most 8192, got {size!r}")
-    if mode and mode not in UPSCALE_MODES:
-        raise argparse.ArgumentTypeError(f"mode must be one of {', '.join(UPSCALE_MODES)}, got {mode!r}")
-    return width, height, mode or "bicubic"
-
-
-def _whole(text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
-    return value
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, 2**63 - 1 - 8)
-
-
-def _steps(text: str) -> int:
-    return _whole(text, 1, 1000)
-
-
-def _rank(text: str) -> int:
-    return _whole(text, 1, 4096)
-
-
-def parse_lora(text: str) -> Lora:
-    """FILE, FILE:0.8 or FILE:0.8:video=1,audio=0,blocks=0-3:0.5,4-35.
-
-    Raises ArgumentTypeError that quotes what is wrong.
-    """
-    found = re.search(rf"[:,]\s*(?=({'|'.join(LORA_STRENGTHS)}|blocks)\s*=)", text)
-    head, settings = (text[: found.start()], text[found.end() :]) if found else (text, "")
-    path, colon, strength = head.rpartition(":")
-    if not colon or re.search(r"[/\\]|\.[a-z]+$", strength):  # the colon of a path, as in C:\a.safetensors
-        path, strength = head, "1"
-    try:
-        if not path.strip():
-            raise ValueError("the file is missing")
-        if "=" in strength:  # behind which no setting that is known was found
-            _check_names([strength.partition("=")[0].rpartition(",")[2].strip()])
-        values, blocks = _lora_settings(settings)
-        if found and found[0].startswith(","):
-            raise ValueError(f"a colon must stand before {found[1]}=, got a comma")
-        return Lora(Path(path), Strengths(_number(strength), **values, blocks=blocks))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error} in {text!r}; write FILE:0.8:video=1,audio=0") from error
-
-
-def _lora_settings(text: str) -> tuple[dict[str, float], str]:
-    """The strengths by name, and blocks; raises ValueError for names that are unknown or out of place."""
-    start = re.search(r"(?:^|,)\s*blocks\s*=", text)
-    text, blocks = (text[: start.start()], text[start.end() :]) if start else (text, "")
-    pairs = [pair.partition("=")[::2] for pair in text.split(",") if pair.strip()]
-    names = [name.strip() for name, _ in pairs]
-    behind = re.findall(r"([^\s,:=]*)\s*=", blocks)
-    _check_names([*names, *(["blocks"] if start else []), *behind])
-    if behind:
-        raise ValueError(f"blocks= must come last, got {behind[0]}= behind it")
-    if ":" in text:
-        raise ValueError(f"commas must stand between settings, got a colon in {text!r}")
-    return {name: _number(value) for name, (_, value) in zip(names, pairs, strict=True)}, blocks
-
-
-def _check_names(names: Sequence[str]) -> None:
-    known = (*LORA_STRENGTHS, "blocks")
-    if wrong := [name for name in names if name not in known or names.count(name) > 1]:
-        raise ValueError(f"settings are {', '.join(LORA_STRENGTHS)} and blocks, each once, got {wrong[0]!r}")
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"a strength must be a number, got {text!r}") from error
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({first}); try cpu") from error
-    return device
 
 
 def compute_dtype(options: argparse.Namespace, device: torch.device) -> torch.dtype:

@@ -18,7 +18,7 @@ from happyhorse.model.config import PONY
 from happyhorse.model.lora import Lora, Strengths, patches, transformer_shapes
 from happyhorse.model.lora_formats import open_lora
 from happyhorse.model.lora_tools import low_rank
-from happyhorse.options import parse_lora
+from happyhorse.option_values import parse_lora
 
 CONFIG = PONY.transformers["base"]
 SHAPES = transformer_shapes(CONFIG)

@@ -22,14 +22,20 @@ from ..model.config import PONY
 from ..model.prompt import Tokenizer
 from ..model.tiny_tokenizer import tiny_tokenizer
 from ..model.transformer import JointTransformer
+from ..sampler.parts import open_part
+from ..sampler.plan import room_on
 from .audio_vae import AudioVAEStage, finished
 from .data.clip import SIZE
 from .data.pool import Progress, VideoPool
+from .data.world import new_shapes
 from .dmd2 import Dmd2Settings, Dmd2Stage
-from .evaluate import measure
+from .evaluate import film_path, prompts_for
 from .flow import FlowSettings, FlowStage, LossWeights, initialise
 from .generators import generator
 from .loop import Stage, progress_bar, train
+from .lora import LoraSettings
+from .lora_run import LoraJob, prepare_lora, train_lora
+from .measure import measure_all, write_render
 from .patch_codec import PatchCodec, fit
 from .super_resolution import (
     PairData,
@@ -40,7 +46,10 @@ from .video_vae import WHOLE, VideoDecoderStage, VideoVAEStage
 from .world_data import WorldData, encode_clips
 
 CODEC = "codec.safetensors"
-ROUNDS = {"video_vae": 2}  # of so many steps, each with falling learning rates
+ROUNDS = {"video_vae": 3, "video_decoder": 3}  # of so many steps, each with falling learning rates
+
+LORA = "heart.safetensors"
+LORA_BATCH, LORA_RATE = 4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class Recipe:
     """`runs` keeps the checkpoints; trained parts are written to `out`, laid out as the pack's own pony.
 
     `clips` are in memory while the video VAE is trained, of one size and of twice that; latents of
-    `latent_clips` train the transformers, `batch` films of each world in an update.
+    `latent_clips` train the transformers, `batch` films of each world in an update, and `lora_clips` the LoRA
+    of a new shape.
     """
 
     runs: Path
@@ -57,14 +67,15 @@ class Recipe:
     compiled: bool = False
     steps: dict[str, int] = field(
         default_factory=lambda: {
-            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 400,
-            "super_resolution": 2000,
+            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 250,
+            "super_resolution": 2000, "lora": 600,
         }
     )  # fmt: skip
     clips: tuple[int, int] = (500, 80)
     codec_films: int = 300
     latent_clips: int = 4000
-    large_latent_clips: int = 1500
+    large_latent_clips: int = 800
+    lora_clips: int = 20
     batch: int = 16
     seed: int = 0
 
@@ -189,6 +200,7 @@ def train_video_decoder(recipe: Recipe) -> None:
         recipe.steps["video_decoder"],
         recipe.seed,
         recipe.device,
+        recipe.compiled,
     )
     recipe.train("video_decoder", stage)
     recipe.write("video_decoder", stage.trained())
@@ -255,12 +267,36 @@ def train_super_resolution(recipe: Recipe) -> None:
     recipe.write("1080p_sr", windowed)
 
 
+def train_new_shape(recipe: Recipe) -> None:
+    """A LoRA of a shape that the base has never seen, from a folder of clips such as users have."""
+    folder, device = recipe.runs / "lora", torch.device(recipe.device)
+    clips, out = folder / "clips", folder / LORA
+    if out.exists():
+        return
+    clips.mkdir(parents=True, exist_ok=True)
+    for prompt in prompts_for(new_shapes()[: recipe.lora_clips], "bounce", clips):
+        path = film_path(clips, "text", "bounce", prompt.seed)
+        write_render(prompt, path)
+        path.with_suffix(".txt").write_text(f"{prompt.text}\n", encoding="utf-8")
+    job = LoraJob(
+        clips, out, folder / "run", prompt.shape,
+        LoraSettings(recipe.steps["lora"], rate=LORA_RATE, seed=recipe.seed), PONY.negative_prompt,
+        batch=LORA_BATCH,
+    )  # fmt: skip
+    parts = {"transformer": "base", **{name: name for name in ("text_encoder", "video_vae", "audio_vae")}}
+    checkpoints = {role: open_part(name, recipe.out / pony.FILES[name]) for role, name in parts.items()}
+    room = room_on(device)
+    with (
+        prepare_lora(job, checkpoints, device, recipe.compute_dtype, room, lambda *_: None) as stage,
+        progress_bar("lora") as on_step,
+    ):
+        train_lora(job, stage, on_step)
+
+
 def measure_films(recipe: Recipe) -> None:
-    """Films of held-out prompts by the distilled and the base variant, judged: figures and a picture."""
-    ceilings = None
-    for variant in ("distill", "base"):
-        folder = recipe.runs / "measured" / variant
-        _, ceilings = measure(recipe.out, variant, folder, torch.device(recipe.device), ceilings=ceilings)
+    """Films of held-out prompts, judged; reports and contact sheets in the runs' folder "measured"."""
+    lora = recipe.runs / "lora" / LORA
+    measure_all(recipe.out, recipe.runs / "measured", torch.device(recipe.device), lora, recipe.lora_clips)
 
 
 STAGES: dict[str, Callable[[Recipe], None]] = {
@@ -270,5 +306,6 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "base": train_base,
     "distill": train_distill,
     "super_resolution": train_super_resolution,
+    "lora": train_new_shape,
     "measure": measure_films,
 }

@@ -118,14 +118,16 @@ class VideoDecoderStage(_PictureStage):
         steps: int,
         seed: int,
         device: torch.device | str = "cpu",
+        compiled: bool = False,
     ) -> None:
         super().__init__("video_decoder", VideoDecoder(config), codec, pool, steps, seed, device)
+        self.decode = torch.compile(self.module.decode) if compiled else self.module.decode
 
     def step(self, step: int) -> dict[str, float]:
         """Decode the latents of crops, and follow the gradient."""
         video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
         latents = self._noised(self.codec.encode(video), step)
-        loss, psnr = picture_loss(self.module.decode(latents), video)
+        loss, psnr = picture_loss(self.decode(latents), video)
         loss.backward()
         self._update(step)
         return {"loss": loss.item(), "psnr": psnr}

@@ -1,6 +1,7 @@
 """The pony's recipe, run with next to nothing of everything."""
 
 import functools
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,12 @@ from safetensors import safe_open
 from happyhorse import cli, pony
 from happyhorse.model import catalog
 from happyhorse.model.checkpoint import load, open_checkpoint
+from happyhorse.model.lora_formats import open_lora
 from happyhorse.options import PONY_STAGES
+from happyhorse.training import measure
 from happyhorse.training import pony as pony_recipe
 from happyhorse.training.dmd2 import Dmd2Stage
-from happyhorse.training.evaluate import measure
+from happyhorse.training.measure import measure_all
 from happyhorse.training.pony import STAGES, Recipe
 
 
@@ -23,7 +26,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     (folder / "pony").mkdir()
     recipe = Recipe(
         folder / "runs", folder / "pony", steps=dict.fromkeys(STAGES, 1), clips=(3, 1), codec_films=3,
-        latent_clips=24, large_latent_clips=8, batch=4,
+        latent_clips=24, large_latent_clips=8, lora_clips=4, batch=4,
     )  # fmt: skip
     recipe.run(stage for stage in STAGES if stage != "measure")
     return recipe
@@ -45,11 +48,21 @@ def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_trained_pony_is_measured(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pony_recipe, "measure", functools.partial(measure, count=1, size=(32, 32)))
+    monkeypatch.setattr(pony_recipe, "measure_all", functools.partial(measure_all, count=1, size=(32, 32)))
+    monkeypatch.setattr(measure, "LORA_FILMS", 1)
     recipe.run(["measure"])
-    for variant in ("distill", "base"):
-        folder = recipe.runs / "measured" / variant
-        assert {"figures.json", "figures.md", "films.png"} <= {path.name for path in folder.iterdir()}
+    folder = recipe.runs / "measured"
+    for way in (*measure.WAYS, "LoRA"):
+        assert {"figures.json", "figures.md", "films.png"} <= {path.name for path in (folder / way).iterdir()}
+    found = json.loads((folder / "summary.json").read_text())
+    assert {*measure.WAYS, "LoRA", "super-resolution", "ceiling"} <= set(found)
+    assert "shape" in found["LoRA"]["new shape"]["bounce"]
+
+
+def test_the_new_shape_is_learnt_from_clips_of_it(recipe: Recipe) -> None:
+    captions = [path.read_text() for path in (recipe.runs / "lora" / "clips").glob("*.txt")]
+    assert len(captions) == recipe.lora_clips and all(" heart bounces " in text for text in captions)
+    assert open_lora(recipe.runs / "lora" / pony_recipe.LORA).adapters
 
 
 def test_the_command_line_knows_all_stages() -> None:

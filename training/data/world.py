@@ -124,6 +124,13 @@ def held_out(world: str, count: int, seed: int = 0) -> list[Attributes]:
     return Random(seed).sample(found, count)
 
 
+def new_shapes(seed: int = 0) -> list[Attributes]:
+    """All combinations of a shape that is in no training data, in an order drawn from `seed`."""
+    values = _VALUES[Bounce][1:]
+    found = [Bounce(shape, *rest) for shape in NEW_SHAPES for rest in itertools.product(*values)]
+    return Random(seed).sample(found, len(found))
+
+
 def body(attributes: Attributes) -> str:
     """The caption's first part: what is seen."""
     if isinstance(attributes, Bounce):

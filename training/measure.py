@@ -1,0 +1,297 @@
+"""The pony measured: by each of its variants, in fewer steps, with quantised weights, enlarged.
+
+Every figure stands beside its ceiling: the same figure of true films that went through the video and audio
+VAE.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..media import FilmWriter, frames_to_uint8, upscale_frames
+from ..model import catalog
+from ..model.audio_vae import AudioVAE, to_film_rate
+from ..model.checkpoint import load_tokenizer
+from ..model.config import PONY
+from ..model.convert import convert, suffix_of
+from ..model.geometry import FPS, FilmShape
+from ..model.lora import Strengths, patches
+from ..model.lora_formats import open_lora
+from ..model.packing import Latents
+from ..model.prompt import encode_prompt
+from ..model.video_vae import VideoVAE
+from ..sampler.noise import FilmNoise
+from ..sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
+from ..sampler.pipeline import FilmRequest, film_sound, generate, with_sound, write_film
+from ..sampler.stages import RECIPES, network_of, sample_super_resolution
+from .data.clip import SIZE, make_clip
+from .data.pool import to_video
+from .data.world import caption, held_out, new_shapes
+from .evaluate import (
+    COUNT,
+    JUDGES,
+    MODES,
+    Figures,
+    MakeFilm,
+    Prompt,
+    evaluate,
+    film_path,
+    judge_films,
+    prompts_for,
+    psnr,
+)
+from .report import NETWORKS, contact_sheet, write_report, write_summary
+
+SHOWN = 3  # prompts of each world on the contact sheet
+LORA_FILMS = 50  # of a new shape
+ENLARGED = 20  # films of each world that super-resolution is measured by
+QUANTIZED = ("transformer", "text_encoder")  # roles that weights in fewer bits are for
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of making films: `steps` None is the variant's own number, `modes` are those of `evaluate`."""
+
+    variant: str = "distill"
+    steps: int | None = None
+    weights: str | None = None
+    modes: tuple[str, ...] = ("text",)
+
+
+WAYS = {
+    "distill": Way(modes=MODES),
+    "base": Way("base"),
+    "4 steps": Way(steps=4),
+    "2 steps": Way(steps=2),
+    "fp8": Way(weights="fp8"),
+    "Q8_0": Way(weights="q8_0"),
+    "Q4_0": Way(weights="q4_0"),
+}
+
+
+def measure_all(
+    models: Path,
+    folder: Path,
+    device: torch.device,
+    lora: Path,
+    lora_clips: int,
+    count: int = COUNT,
+    size: tuple[int, int] = SIZE,
+) -> None:
+    """Measure a folder of models in all ways, and a LoRA of a new shape made from the first `lora_clips`.
+
+    Each way has a folder of its own in `folder`; "summary" as .json and .md has the figures of all.
+    """
+    parts = open_models(models, "distill", device)
+    with (
+        parts.use("video_vae") as (vae, _),
+        parts.use("audio_vae") as (audio_vae, _),
+        parts.use("video_decoder") as (decoder, _),
+    ):
+        ceilings = ceiling(vae, audio_vae, folder / "ceiling", count, size, decoder)
+        own = ceiling(vae, audio_vae, folder / "ceiling, Wan2.2 decoder", count, size)
+    found = {"ceiling": ceilings, "ceiling, Wan2.2 decoder": own}
+    for name, way in WAYS.items():
+        found[name] = measure(models, way, folder / name, device, count, size, ceilings)
+    found["LoRA"] = measure(models, Way(), folder / "LoRA", device, count, size, ceilings, lora)
+    parts = open_models(models, "distill", device, lora=lora)
+    wanted = new_shapes()[lora_clips:][:LORA_FILMS]
+    prompts = prompts_for(wanted, "bounce", folder / "LoRA", size)
+    found["LoRA"]["new shape"] = {
+        "bounce": judge_films(films_by(parts), prompts, "bounce", "new shape", folder / "LoRA")
+    }
+    found["super-resolution"] = {"large": super_resolution_gain(models, device, min(count, ENLARGED), size)}
+    write_summary(folder / "summary.json", found)
+
+
+def measure(
+    models: Path,
+    way: Way,
+    out: Path,
+    device: torch.device,
+    count: int = COUNT,
+    size: tuple[int, int] = SIZE,
+    ceilings: Figures | None = None,
+    lora: Path | None = None,
+) -> Figures:
+    """Measure a way of making films by a folder of models; films, report and contact sheet go to `out`."""
+    converted = _converted(models, way, out / "weights")
+    parts = open_models(models, way.variant, device, converted=converted, lora=lora)
+    figures = evaluate(films_by(parts, way.steps), out / "films", count, way.modes, size)
+    write_report(out / "figures.json", figures, ceilings)
+    shown = {}
+    for world in JUDGES:
+        for seed, attributes in enumerate(held_out(world, count)[:SHOWN]):
+            words = " ".join(astuple(attributes))
+            shown |= {
+                f"{words} (given: {mode})": film_path(out / "films", mode, world, seed) for mode in way.modes
+            }
+    contact_sheet(shown).save(out / "films.png")
+    return figures
+
+
+def _converted(models: Path, way: Way, folder: Path) -> dict[str, Path]:
+    """Files by role of those networks that a way wants in another format."""
+    if way.weights is None:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    names = needed_parts(way.variant, None, "turbo", image=False)
+    files = {}
+    for role in QUANTIZED:
+        source = open_part(names[role], catalog.find(names[role], models))
+        files[role] = folder / f"{role}{suffix_of(way.weights)}"
+        convert(source, files[role], way.weights, "happyhorse train pony")
+    return files
+
+
+def open_models(
+    folder: Path,
+    variant: str,
+    device: torch.device,
+    converted: Mapping[str, Path] = MappingProxyType({}),
+    lora: Path | None = None,
+    sr: str | None = None,
+) -> Parts:
+    """The networks of films by 'base' or 'distill' in a folder of models, kept loaded from film to film.
+
+    `converted` are files to take in their place, by role.
+    """
+    names = needed_parts(variant, sr, "turbo", image=True)
+    checkpoints = {
+        role: open_part(name, converted.get(role) or catalog.find(name, folder))
+        for role, name in names.items()
+    }
+    changes = {}
+    if lora:
+        transformer = checkpoints["transformer"]
+        shapes = {name: transformer.shape(name) for name in transformer.names}
+        changes = patches([(open_lora(lora), Strengths())], transformer.config, shapes)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return Parts(checkpoints, device, "none", dtype, default_vae_dtype(dtype, device), patches=changes)
+
+
+class _SamplingClock:
+    """Takes the time of sampling, as the progress of a film."""
+
+    started = seconds = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:  # noqa: ARG002
+        if stage == "sampling" and not done:
+            self.started = time.perf_counter()
+        elif stage == "sampling":
+            self.seconds = time.perf_counter() - self.started
+
+
+def films_by(parts: Parts, steps: int | None = None) -> MakeFilm:
+    """Make films with these networks; `steps` None is the variant's own number."""
+
+    def quiet(*_: object) -> None: ...
+
+    @torch.inference_mode()
+    def make_film(prompt: Prompt, path: Path) -> dict[str, float]:
+        request = FilmRequest(
+            prompt.text, PONY.negative_prompt, prompt.shape, seed=prompt.seed, steps=steps,
+            image=prompt.image, audio=prompt.audio,
+        )  # fmt: skip
+        clock = _SamplingClock()
+        film = with_sound(parts, generate(parts, request, clock, quiet), quiet, quiet)
+        write_film(parts, film, path, {}, quiet)
+        return {"seconds of sampling": clock.seconds}
+
+    return make_film
+
+
+def write_render(prompt: Prompt, path: Path) -> None:
+    """Make the true film."""
+    clip = prompt.render()
+    _write(path, torch.from_numpy(clip.frames), torch.from_numpy(clip.sound), prompt.shape)
+
+
+def ceiling(
+    vae: VideoVAE,
+    audio_vae: AudioVAE,
+    folder: Path,
+    count: int = COUNT,
+    size: tuple[int, int] = SIZE,
+    decoder: nn.Module | None = None,
+) -> Figures:
+    """The figures of true films that were encoded and decoded, `decoder` None being the VAE's own.
+
+    They are the same for all modes. Beside them, as mode "networks", is how near the decoded frames are: the
+    mean PSNR in dB, and that of the frame number that is worst.
+    """
+    ratios: list[list[float]] = []
+
+    @torch.inference_mode()
+    def make_film(prompt: Prompt, path: Path) -> None:
+        clip, device = prompt.render(), next(vae.parameters()).device
+        video = torch.from_numpy(clip.frames).permute(3, 0, 1, 2)[None].to(device) / 127.5 - 1
+        decoded = (decoder or vae).decode(vae.encode(video))
+        frames = frames_to_uint8(decoded.float()).cpu()
+        device = next(audio_vae.parameters()).device
+        sound = audio_vae.decode(audio_vae.encode(torch.from_numpy(clip.sound)[None].to(device)))[0]
+        ratios.append([psnr(frame, true) for frame, true in zip(frames.numpy(), clip.frames, strict=True)])
+        _write(path, frames, sound.float().cpu(), prompt.shape)
+
+    figures = dict.fromkeys(MODES, evaluate(make_film, folder, count, ["image"], size)["image"])
+    by_frame = np.mean(ratios, axis=0)
+    near = {"PSNR": float(by_frame.mean()), "worst frame": float(by_frame.min())}
+    return figures | {NETWORKS: {"both": near}}
+
+
+def _write(path: Path, frames: Tensor, sound: Tensor, shape: FilmShape) -> None:
+    """Write uint8 frames [F, H, W, 3] with a sound [2, N] at 51200 Hz."""
+    with FilmWriter(path, shape.width, shape.height, FPS) as film:
+        film.add_audio(film_sound(to_film_rate(sound), shape))
+        film.add_frames(frames)
+
+
+@torch.inference_mode()
+def super_resolution_gain(
+    models: Path, device: torch.device, count: int = ENLARGED, size: tuple[int, int] = SIZE
+) -> dict[str, dict[str, float]]:
+    """How near films that were made twice as large are to true films of that size: mean PSNR in dB, by world.
+
+    True films are encoded, and their latents lifted by "super-resolution", or decoded and resized
+    ("bicubic"); "bicubic, true film" resizes what was never encoded. "ceiling" is of large films that went
+    through the VAE.
+    """
+    parts = open_models(models, "distill", device, sr="540p")
+    tokenizer = load_tokenizer(parts.checkpoints["text_encoder"])
+    width, height = 2 * size[0], 2 * size[1]
+    found: dict[str, dict[str, float]] = {}
+    for world in JUDGES:
+        rows = []
+        for seed, attributes in enumerate(held_out(world, count)):
+            small, large = make_clip(attributes, seed, size), make_clip(attributes, seed, (width, height))
+            with parts.use("text_encoder") as (encoder, _):
+                text = encode_prompt(encoder, tokenizer, caption(attributes)).states
+            with parts.use("video_vae") as (vae, _), parts.use("audio_vae") as (audio_vae, _):
+                video, whole = (vae.encode(to_video(clip.frames).to(device)) for clip in (small, large))
+                sound = audio_vae.encode(torch.from_numpy(small.sound)[None].to(device))
+            noise = FilmNoise(seed).super_resolution(Latents(whole, sound))  # of their shapes
+            with parts.use("super_resolution") as (transformer, _):
+                lifted = sample_super_resolution(
+                    network_of(transformer), Latents(video, sound), noise, text, negative=None,
+                    steps=RECIPES["540p_sr"].steps, first_frame=None,
+                )  # fmt: skip
+            with parts.use("video_decoder") as (decoder, _):
+                decoded = [frames_to_uint8(decoder.decode(part)) for part in (lifted.video, video, whole)]
+            resized = (
+                upscale_frames(film, width, height, "bicubic")
+                for film in (decoded[1], torch.from_numpy(small.frames))
+            )
+            films = {
+                "super-resolution": decoded[0],
+                **dict(zip(("bicubic", "bicubic, true film"), resized, strict=True)),
+                "ceiling": decoded[2],
+            }
+            rows.append({name: psnr(film.cpu().numpy(), large.frames) for name, film in films.items()})
+        found[world] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return found

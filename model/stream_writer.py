@@ -23,13 +23,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows, where a file that is open cannot be removed anyway
-    fcntl = None
+from .file_lock import NO_LOCKS, try_lock
 
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # what some network folders answer
-
+WINDOWS = os.name == "nt"  # where a file that is open can be neither replaced nor removed
 Writer = TypeVar("Writer", bound="StreamWriter")
 Entry = tuple[str, str, Sequence[int]]  # name, type, shape
 
@@ -150,7 +146,7 @@ class StreamWriter:
             self._file.truncate(self.num_bytes)  # the padding after the last tensor
             self._file.flush()
             os.fsync(self._file.fileno())
-            if fcntl is None:
+            if WINDOWS:
                 self._file.close()
             self._temporary.replace(self.path)  # while locked, else it could be taken for a dead run's
 
@@ -178,11 +174,9 @@ def _open_locked(path: Path) -> tuple[Path, io.BufferedRandom]:
     while True:
         temporary = path.with_name(f".{path.name[:48]}.{uuid.uuid4().hex}.unfinished")
         file = temporary.open("x+b")
-        if fcntl is None:
-            return temporary, file
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            removed = not os.fstat(file.fileno()).st_nlink  # by another run, before the lock
+            # another run may have taken it for a dead one's before it was locked
+            removed = not (try_lock(file) and os.fstat(file.fileno()).st_nlink)
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in NO_LOCKS:
                 return temporary, file  # no other run can lock it either, so none takes it for a dead run's
@@ -201,8 +195,9 @@ def _remove_stale(path: Path) -> None:
     for left in path.parent.glob(f".{glob.escape(path.name[:48])}.*.unfinished"):
         with contextlib.suppress(OSError):
             with left.open("rb") as file:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not try_lock(file):
+                    continue
+                if not WINDOWS:
                     left.unlink()
             left.unlink(missing_ok=True)
 

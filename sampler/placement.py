@@ -75,7 +75,14 @@ class LayerStream:
         self._copying = self._module.Stream(device) if self._module else None
         self._computed = None  # event at the end of the layer before
         streamed = [weight for layer in self.layers[resident:] for weight in layer]
-        self._locked = [start for start, stop in page_ranges(streamed) if self._lock(start, stop)]
+        self._locked: list[int] = []
+        try:
+            for start, stop in page_ranges(streamed):
+                if self._lock(start, stop):
+                    self._locked.append(start)
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, index: int, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if index < self.resident:
@@ -90,17 +97,23 @@ class LayerStream:
             if self._computed is not None:
                 self._computed.synchronize()
             self._computed = computed
-        self._start(index + 1 if index + 1 < len(self.layers) else self.resident)
+        self._start_after(index)
         return x
 
     def close(self) -> None:
         """Let go of the copy that is ahead and of the page locks."""
         self._ahead = None
-        if self._locked:
-            self._module.synchronize(self.device)
-        for start in self._locked:
-            self._module.cudart().cudaHostUnregister(start)
-        self._locked = []
+        try:
+            if self._locked:
+                self._module.synchronize(self.device)
+        finally:  # it raises what went wrong on the device before
+            for start in self._locked:
+                self._module.cudart().cudaHostUnregister(start)
+            self._locked = []
+
+    def _start_after(self, index: int) -> None:
+        """Begin to copy what is needed after layer `index`."""
+        self._start(index + 1 if index + 1 < len(self.layers) else self.resident)
 
     def _start(self, index: int) -> None:
         """Begin to copy layer `index` to the device."""

@@ -1,9 +1,12 @@
 """Checks that need an accelerator: `make gpu`."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from golden_files import relative_error
 
 from happyhorse.kernels.attention import (
@@ -14,11 +17,16 @@ from happyhorse.kernels.attention import (
     attention_reference,
 )
 from happyhorse.kernels.scaled_matmul import has_scaled_matmul, scaled_linear, scaled_linear_reference
-from happyhorse.model.checkpoint import open_checkpoint
+from happyhorse.model.checkpoint import load, open_checkpoint
 from happyhorse.model.packing import Latents
+from happyhorse.model.transformer import JointTransformer
 from happyhorse.sampler.noise import FilmNoise
 from happyhorse.sampler.parts import Parts
 from happyhorse.sampler.stages import network_of
+from happyhorse.training.flow import Batch, FlowSettings, FlowStage, initialise
+from happyhorse.training.generators import generator
+from happyhorse.training.lora import LoraSettings, LoraStage
+from happyhorse.training.lora_run import accelerator_on
 
 pytestmark = pytest.mark.gpu
 
@@ -123,3 +131,52 @@ def test_compiled_layers_on_the_device_change_nothing(
     got = velocity(pony_folder, device, offload, torch.float32, compiled=True)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+class Films:
+    """Another random batch for every index."""
+
+    fingerprint = "random"
+
+    def batch(self, index: int) -> Batch:
+        draw = generator(7, "data", index)
+        video, audio = torch.randn(2, 48, 3, 4, 4, generator=draw), torch.randn(2, 9, 64, generator=draw)
+        return Batch(Latents(video, audio), torch.randn(2, 5, 96, generator=draw))
+
+
+def training_on(device: torch.device) -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the process's first device is that of all
+    return accelerator_on(device, 1)
+
+
+def trained_lora(
+    pony: Path, device: torch.device, resident: int | None = None
+) -> tuple[list[float], torch.Tensor]:
+    """The losses of two steps, and after them the factors that were zero at first."""
+    module = load(open_checkpoint(pony / "distill"), torch.float32, device, resident)
+    settings, negative = LoraSettings(2, rank=4, rate=1e-2), torch.zeros(1, 3, 96)
+    with LoraStage(
+        module, Films(), negative, settings, training_on(device), "distill", resident=resident
+    ) as lora:
+        losses = [lora.step(step)["loss"] for step in range(2)]
+        factors = torch.cat([adapter.up.detach().cpu().flatten() for adapter in lora.adapters.adapters])
+    return losses, factors
+
+
+@pytest.mark.parametrize("resident", [0, 2])
+def test_a_lora_trained_on_streamed_layers_on_the_device_is_that_of_the_cpu(
+    pony_folder: Path, device: torch.device, resident: int
+) -> None:
+    want_losses, want = trained_lora(pony_folder, torch.device("cpu"))
+    losses, got = trained_lora(pony_folder, device, resident)
+    assert losses == pytest.approx(want_losses, rel=1e-3)
+    assert relative_error(got, want) < 0.02  # Adam makes whole steps of gradients that are all but zero
+
+
+def test_flow_matching_on_the_device_has_a_finite_loss(pony_folder: Path, device: torch.device) -> None:
+    transformer = JointTransformer(open_checkpoint(pony_folder / "base").config)
+    initialise(transformer, 0)
+    stage = FlowStage(transformer, Films(), torch.zeros(1, 3, 96), FlowSettings(steps=1), training_on(device))
+    figures = stage.step(0)
+    assert figures["loss"] > 0 and all(map(math.isfinite, figures.values()))
+    assert all(weight.device == device and weight.isfinite().all() for weight in transformer.parameters())

@@ -38,8 +38,7 @@ class Dmd2Settings:
 
     The student learns to make films in `sampling_steps`; the fake has `fake_updates` for each of the
     student's. `video_guidance` and `audio_guidance` are the base's. `image` and `audio` are the shares of
-    films with a held first frame or sound. `flow_weight` is the weight of a flow-matching loss of the student
-    on the data at its noise levels, which keeps its films near them.
+    films with a held first frame or sound.
     """
 
     seed: int = 0
@@ -54,7 +53,6 @@ class Dmd2Settings:
     audio_guidance: float = 1.5
     image: float = 0.15
     audio: float = 0.12
-    flow_weight: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -170,6 +168,7 @@ class Dmd2Stage:
             "batches": accelerator.gradient_accumulation_steps,
             "base": zlib.crc32(weights.numpy().tobytes()),
             "config": base.config.to_dict(),
+            "data": data.fingerprint,
         }
         if compiled:
             for networks in (self.student, self.fake, self.base):
@@ -212,15 +211,7 @@ class Dmd2Stage:
         teacher_fn = partial(self._guided, text=task.text)
         fake_fn = partial(self.fake, text=task.text)
         loss = matching_loss(film, teacher_fn, fake_fn, sigma, noise, task.conditions)
-        figures = {"loss": loss.item(), **figures}
-        if self.settings.flow_weight:
-            sigma = self.sigmas[torch.randint(len(self.sigmas) - 1, (len(sigma),), generator=draw)].to(sigma)
-            flow, _ = flow_loss(
-                self.student_module, task.clean, task.text, sigma, noise, LossWeights(), task.held
-            )
-            loss = loss + self.settings.flow_weight * flow
-            figures["flow_loss"] = flow.item()
-        return loss, figures
+        return loss, {"loss": loss.item(), **figures}
 
     def _task(self, index: int, draw: torch.Generator) -> "Task":
         """Batch number `index`, and what is held in it."""

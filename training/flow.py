@@ -42,7 +42,12 @@ class Batch(NamedTuple):
 
 
 class Data(Protocol):
-    """What a run trains on; one index is one batch, always the same one."""
+    """What a run trains on; one index is one batch, always the same one.
+
+    `fingerprint` tells it from other data, with which a run must not be continued.
+    """
+
+    fingerprint: str
 
     def batch(self, index: int) -> Batch: ...
 
@@ -215,6 +220,7 @@ class FlowStage:
             "batches": self.accelerator.gradient_accumulation_steps,
             "text_encoder": self.networks.text_encoder is not None,
             "config": self.networks.transformer.config.to_dict(),
+            "data": self.data.fingerprint,
         }
 
     def step(self, step: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..model.file_lock import NO_LOCKS, try_lock
 from .plot import line_plot
 
 log = logging.getLogger(__name__)
@@ -63,27 +64,28 @@ def train(
 
     Returns the figures of all steps, each with its number as "step". `on_step` may raise to interrupt. Then
     and after Ctrl-C, the step that was begun is finished and saved before the exception goes on. Raises
-    ValueError for a checkpoint that is damaged or of other settings and for figures that are not finite;
-    `elsewhere` is what the messages tell to give for a new run.
+    ValueError for a checkpoint that is damaged or of other settings, for figures that are not finite, and
+    where another run is at work in `folder`; `elsewhere` is what the messages tell to give for a new run.
     """
-    run = _Run(stage, folder, title, elsewhere)
-    saved = time.monotonic()
-    with _interrupt_between_steps() as interrupted:
-        while run.done < steps:
-            figures = run.step()
-            try:
-                if on_step:
-                    on_step(run.done, steps, figures)
-                if interrupted.is_set():
-                    raise KeyboardInterrupt(f"{title} is saved at step {run.done}")
-            except BaseException:
-                run.save()
-                raise
-            if run.done == steps or time.monotonic() - saved >= save_every_seconds:
-                run.save()
-                saved = time.monotonic()
-    if not run.picture.exists():
-        run.draw()
+    with _alone_in(folder, title, elsewhere):
+        run = _Run(stage, folder, title, elsewhere)
+        saved = time.monotonic()
+        with _interrupt_between_steps() as interrupted:
+            while run.done < steps:
+                figures = run.step()
+                try:
+                    if on_step:
+                        on_step(run.done, steps, figures)
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt(f"{title} is saved at step {run.done}")
+                except BaseException:
+                    run.save()
+                    raise
+                if run.done == steps or time.monotonic() - saved >= save_every_seconds:
+                    run.save()
+                    saved = time.monotonic()
+        if not run.picture.exists():
+            run.draw()
     if interrupted.is_set():  # while the end was saved
         raise KeyboardInterrupt(f"{title} is done and saved")
     return run.figures
@@ -93,9 +95,6 @@ class _Run:
     """A stage, how far it is, and its files in `folder`."""
 
     def __init__(self, stage: Stage, folder: Path, title: str, elsewhere: str) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; give {elsewhere} for the checkpoints of {title}")
-        folder.mkdir(parents=True, exist_ok=True)
         self.stage, self.title, self.elsewhere = stage, title, elsewhere
         self.checkpoint, self.log, self.picture = (
             folder / name for name in ("checkpoint.pt", "log.jsonl", "loss.png")
@@ -152,6 +151,29 @@ class _Run:
             positive = all(value > 0 for points in series.values() for _, value in points)
             image = line_plot(series, self.title, log_y=positive)
             _write(self.picture, lambda file: image.save(file, "png"), self.elsewhere)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, title: str, elsewhere: str) -> Iterator[None]:
+    """Make the folder of a run, and let no other run use it meanwhile."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give {elsewhere} for the checkpoints of {title}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"  # stays: one that is removed could be locked by two
+    with _naming(path, elsewhere):
+        file = path.open("ab")
+    with file:
+        try:
+            free = try_lock(file)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            free = True  # as far as can be told there
+        if not free:
+            raise ValueError(
+                f"another run trains in {folder}; wait until it has ended, or give {elsewhere} for {title}"
+            )
+        yield
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -37,12 +37,6 @@ COPIES = (*MODALITIES, "shared")
 PARTS = ("attention", "mlp")
 LARGEST_GRADIENT = 1.0  # norm over all adapters to which longer gradients are cut
 DECAY = 0.99  # of the running mean, which is what is saved
-
-
-class NamedData(Data, Protocol):
-    """What a LoRA is trained on, such as `ClipData`; the fingerprint tells it from other data."""
-
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -185,8 +179,7 @@ class BackwardStream(LayerStream):
         """Around the second computation of layer `index`, after it begin to copy the layer before.
 
         Copies of two layers are there at most: at the start the gradient of the layer after this one has been
-        asked for, and its copy given back; it can be reused when the device has come as far. The lowest
-        layer's has been waited for when the next batch is copied to the device.
+        asked for, and its copy given back; it can be reused when the device has come as far.
         """
         begun = self._module.current_stream(self.device).record_event() if self._module else None
         try:
@@ -196,6 +189,16 @@ class BackwardStream(LayerStream):
                 begun.synchronize()
             if index > self.resident:
                 self._start(index - 1)
+
+    def _arrived(self, index: int) -> list[Tensor]:
+        """Keeps the copies until others are begun: at either end the same layer is next."""
+        copies = super()._arrived(index)
+        self._ahead = index, copies
+        return copies
+
+    def _start_after(self, index: int) -> None:
+        if index + 1 < len(self.layers):
+            self._start(index + 1)
 
 
 def checkpointed(run_block: RunBlock) -> RunBlock:
@@ -229,7 +232,7 @@ class LoraStage:
     def __init__(
         self,
         transformer: JointTransformer,
-        data: NamedData,
+        data: Data,
         negative: Tensor,
         settings: LoraSettings,
         accelerator: Accelerator,

@@ -37,7 +37,9 @@ class Pairs(NamedTuple):
 
 
 class PairsOfFilms(Protocol):
-    """What a run trains on; one index is one batch, always the same one."""
+    """What a run trains on; as `Data`, but of pairs."""
+
+    fingerprint: str
 
     def batch(self, index: int) -> Pairs: ...
 
@@ -62,6 +64,11 @@ class PairData:
             WorldData({"video": video, "audio": audio}, tokenizer, size, seed)
             for video in (latents["video"][:count], large)
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Those of the small and the large clips."""
+        return f"{self.small.fingerprint} {self.large.fingerprint}"
 
     def batch(self, index: int) -> Pairs:
         """Batch number `index`, with captions as tokens."""

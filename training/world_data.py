@@ -1,5 +1,7 @@
 """The pony's training data: latents of clips of the two worlds, and batches of them with their captions."""
 
+import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
@@ -18,6 +20,7 @@ from .data.world import Head, body, caption
 from .flow import Batch
 
 BODY_ONLY = 0.15  # share of batches whose captions are the first part alone
+LOOKED_AT = 32  # clips at most, spread over all, whose latents tell data from other data
 
 Encode = Callable[[Tensor], Tensor]  # video [B, 3, F, H, W] or waveform [B, 2, N] -> latents
 
@@ -37,16 +40,17 @@ def encode_clips(
     of clips, or those of other networks: `made_with` names them.
     """
     if not path.exists():
-        found: dict[str, list[Tensor]] = {name: [] for name in encoders}
+        found: dict[str, Tensor] = {}  # made whole: small tensors that stay would break up the free memory
         for index in range(count):
             clip = training_clip(index, size)
             parts = {"video": to_video(clip.frames), "audio": torch.from_numpy(clip.sound)[None]}
             for name, encode in encoders.items():
-                found[name].append(encode(parts[name]).half())
+                latents = encode(parts[name])[0].half()
+                if name not in found:
+                    found[name] = latents.new_empty(count, *latents.shape)
+                found[name][index] = latents
             progress(index + 1, count)
-        write_tensors(
-            path, {name: torch.cat(latents) for name, latents in found.items()}, {"made_with": made_with}
-        )
+        write_tensors(path, found, {"made_with": made_with})
     with safe_open(path, "pt") as file:
         told = (file.metadata() or {}).get("made_with")
     if told != made_with:
@@ -71,6 +75,16 @@ class WorldData:
             self.tokens.append({name: tokenizer.encode(text)[0] for name, text in texts.items()})
             group = isinstance(attributes, Head), len(self.tokens[-1]["caption"])
             self.groups.setdefault(group, []).append(index)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the captions as tokens, the order, and the latents, a few of which it looks at."""
+        found = zlib.crc32(json.dumps([self.tokens, self.size, self.seed]).encode())
+        for name, latents in sorted(self.latents.items()):
+            some = latents[:: -(-len(latents) // LOOKED_AT)].contiguous()
+            found = zlib.crc32(f"{name} {latents.dtype} {list(latents.shape)}".encode(), found)
+            found = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), found)
+        return f"{found:08x}"
 
     def batch(self, index: int) -> Batch:
         """Batch number `index`, with captions as tokens."""

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from happyhorse.model import stream_writer
+from happyhorse.model import file_lock, stream_writer
 from happyhorse.model.stream_writer import (
     DTYPE_NAMES,
     Entry,
@@ -240,13 +240,13 @@ def test_what_a_killed_run_leaves_is_removed_and_a_live_run_is_not_disturbed(tmp
 
 
 def failing_lock(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    if stream_writer.fcntl is None:
+    if file_lock.fcntl is None:
         pytest.skip("there are no such locks here")
 
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(stream_writer.fcntl, "flock", fail)
+    monkeypatch.setattr(file_lock.fcntl, "flock", fail)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])

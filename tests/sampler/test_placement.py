@@ -288,3 +288,57 @@ def test_memory_is_locked_in_whole_pages_once() -> None:
     parts = [memory[first + a : first + b] for a, b in ((10, 20), (20, PAGE + 5), (3 * PAGE + 1, 4 * PAGE))]
     assert page_ranges(reversed(parts)) == [(at, at + 2 * PAGE), (at + 3 * PAGE, at + 4 * PAGE)]
     assert page_ranges([]) == []
+
+
+class Locking:
+    """Stands for a device's module and its CUDA runtime: notes what is locked; one call of it fails."""
+
+    def __init__(self, failing: int) -> None:
+        self.failing, self.calls, self.locked = failing, 0, set()
+
+    def cudart(self) -> "Locking":
+        return self
+
+    def cudaHostRegister(self, start: int, _num_bytes: int, _flags: int) -> int:
+        self.calls += 1
+        if self.calls == self.failing:
+            raise KeyboardInterrupt
+        self.locked.add(start)
+        return 0
+
+    def cudaHostUnregister(self, start: int) -> None:
+        self.locked.remove(start)
+
+    def Stream(self, _: torch.device) -> None:
+        pass
+
+    def synchronize(self, _: torch.device) -> None:
+        raise RuntimeError("the device has failed")
+
+
+def locked_stream(monkeypatch: pytest.MonkeyPatch, module: Locking) -> LayerStream:
+    """A stream of three layers, far apart in memory."""
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    memory = torch.zeros(20 * PAGE)
+    layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(3))
+    for index, layer in enumerate(layers):
+        layer.weight = torch.nn.Parameter(memory[index * 6 * PAGE :][:PAGE])
+    return LayerStream(layers, torch.device("cuda"))
+
+
+def test_memory_is_unlocked_where_locking_it_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Locking(failing=3)
+    monkeypatch.setattr(module, "synchronize", lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        locked_stream(monkeypatch, module)
+    assert module.calls == 3 and not module.locked
+
+
+def test_memory_is_unlocked_though_the_device_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Locking(failing=0)
+    stream = locked_stream(monkeypatch, module)
+    assert len(module.locked) == 3
+    with pytest.raises(RuntimeError, match="the device has failed"):
+        stream.close()
+    assert not module.locked
+    stream.close()

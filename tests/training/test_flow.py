@@ -67,6 +67,8 @@ def random_latents(draw: torch.Generator, films: int = 2) -> Latents:
 class Random:
     """Another random batch for every index, or the first one always; with tokens, or text states."""
 
+    fingerprint = "random"
+
     def __init__(self, fixed: bool = False, states: bool = False) -> None:
         self.fixed, self.states = fixed, states
 
@@ -290,3 +292,11 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     train(stage(settings), tmp_path, 2, title="run")
     with pytest.raises(ValueError, match="shift"):
         train(stage(replace(settings, shift=3.0)), tmp_path, 2, title="run")
+
+
+def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
+    train(stage(FlowSettings(steps=1)), tmp_path, 1, title="run")
+    other = Random()
+    other.fingerprint = "another"
+    with pytest.raises(ValueError, match=r"data random \(now another\)"):
+        train(stage(FlowSettings(steps=1), other), tmp_path, 1, title="run")

@@ -1,10 +1,13 @@
 """The loop of every training: resuming, interrupting, refusing."""
 
+import errno
 import json
 import math
+import multiprocessing
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from happyhorse.training.optim import Ema, decayed, optimizers, scale_rates
 
 STEPS = 20
 TITLE = "A small net"
+FILES = [".lock", "checkpoint.pt", "log.jsonl", "loss.png"]
 
 
 class SmallStage:
@@ -115,7 +119,7 @@ def test_a_run_learns_and_leaves_checkpoint_log_and_picture(
     whole: tuple[SmallStage, list[dict[str, float]], Path],
 ) -> None:
     stage, figures, folder = whole
-    assert sorted(file.name for file in folder.iterdir()) == ["checkpoint.pt", "log.jsonl", "loss.png"]
+    assert sorted(file.name for file in folder.iterdir()) == FILES
     assert [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] == figures
     assert [entry["step"] for entry in figures] == list(range(STEPS))
     assert figures[-1]["loss"] < 0.7 * figures[0]["loss"]
@@ -278,7 +282,57 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path: Path, r
     with disk_of(room), pytest.raises(OSError, match=sentence):
         train(SmallStage(), tmp_path, 4, title=TITLE)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["done"] == 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl", "loss.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == FILES
+
+
+def test_two_runs_cannot_use_one_folder_at_once(
+    whole: tuple[SmallStage, list[dict[str, float]], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "parts"
+
+    def on_step(*_: object) -> None:
+        sentence = f"another run trains in {folder}; wait until it has ended, or give another name for A"
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            train(SmallStage(), folder, STEPS, title=TITLE, elsewhere="another name")
+        train(SmallStage(), tmp_path / "other", 1, title=TITLE)
+
+    assert train(SmallStage(), folder, STEPS, on_step=on_step, title=TITLE) == whole[1]
+    assert train(SmallStage(), folder, STEPS, title=TITLE) == whole[1]
+
+
+def _train_for_ever(folder: Path, begun: "multiprocessing.synchronize.Event") -> None:
+    def on_step(*_: object) -> None:
+        begun.set()
+        time.sleep(600)
+
+    train(SmallStage(), folder, STEPS, on_step=on_step, title=TITLE)
+
+
+def test_the_folder_of_a_run_that_was_killed_is_free(
+    whole: tuple[SmallStage, list[dict[str, float]], Path], tmp_path: Path
+) -> None:
+    folder, context = tmp_path / "parts", multiprocessing.get_context("spawn")
+    begun = context.Event()
+    run = context.Process(target=_train_for_ever, args=(folder, begun))
+    run.start()
+    try:
+        assert begun.wait(60)
+        with pytest.raises(ValueError, match="another run trains in"):
+            train(SmallStage(), folder, STEPS, title=TITLE)
+    finally:
+        run.kill()
+        run.join()
+    assert train(SmallStage(), folder, STEPS, title=TITLE) == whole[1]
+
+
+def test_where_there_are_no_locks_a_run_goes_on_without(
+    whole: tuple[SmallStage, list[dict[str, float]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(_: object) -> bool:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(loop, "try_lock", no_locks)
+    assert train(SmallStage(), tmp_path / "parts", STEPS, title=TITLE) == whole[1]
 
 
 def test_a_state_that_could_not_be_read_back_is_refused_at_once(tmp_path: Path) -> None:

@@ -242,13 +242,17 @@ def test_streamed_layers_train_bit_for_bit_as_those_on_the_device(resident: int)
     assert homes == {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
 
 
-def test_streamed_layers_are_copied_ahead_both_ways() -> None:
-    lora, copied = stage(resident=1), []
-    start = lora.stream._start
+@pytest.mark.parametrize("resident", [0, 1, 3])
+def test_streamed_layers_are_copied_ahead_both_ways_and_at_either_end_used_again(resident: int) -> None:
+    lora, copied, used = stage(resident=resident, batches=2), [], []
+    start, arrived = lora.stream._start, lora.stream._arrived
     lora.stream._start = lambda index: copied.append(index) or start(index)
-    lora.step(0)
-    there, back = [1, 2, 3, 1], [3, 2, 1, 1]  # at either end the first streamed layer is next
-    assert copied == there + back
+    lora.stream._arrived = lambda index: used.append(index) or arrived(index)
+    for step in range(2):
+        lora.step(step)
+    there = list(range(resident, 4))
+    assert used == [*there, *reversed(there)] * 4
+    assert copied == [resident] + [*there[1:], *there[-2::-1]] * 4
 
 
 def test_a_layer_is_copied_ahead_when_the_gradient_of_the_one_above_is_there(

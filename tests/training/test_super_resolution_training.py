@@ -74,6 +74,8 @@ def random_pairs(draw: torch.Generator, films: int = 2) -> Pairs:
 class Random:
     """Another random batch for every index."""
 
+    fingerprint = "random"
+
     def batch(self, index: int) -> Pairs:
         return random_pairs(generator(7, "data", index))
 
@@ -195,11 +197,16 @@ def test_a_resumed_run_equals_an_unbroken_one_and_the_text_encoder_stays(tmp_pat
     assert all(torch.equal(one, other) for one, other in encoders)
 
 
-def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
+def test_a_run_of_other_settings_or_on_other_data_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = SuperResolutionSettings(steps=1)
     train(stage(settings), tmp_path, 1, title="run")
     with pytest.raises(ValueError, match="rough_blur"):
         train(stage(replace(settings, rough_blur=0.0)), tmp_path, 1, title="run")
+    monkeypatch.setattr(Random, "fingerprint", "another")
+    with pytest.raises(ValueError, match=r"data random \(now another\)"):
+        train(stage(settings), tmp_path, 1, title="run")
 
 
 def colours(video: Tensor) -> Tensor:
@@ -235,6 +242,11 @@ def test_pairs_are_the_same_clips(tmp_path: Path) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(tensors(list(pairs)), tensors(list(data.batch(1))), strict=True)
     )
+    others = [
+        PairData({"video": video, "audio": audio}, twice, Tokenizer(tiny), 4, seed=0)
+        for video, twice in ((small + 1, large), (small, large + 1))
+    ]
+    assert len({pairs.fingerprint for pairs in (data, *others)}) == 3
 
 
 def test_more_large_clips_than_small_ones_are_refused() -> None:

@@ -12,12 +12,16 @@ from happyhorse.training.data.world import Bounce, is_held_out
 from happyhorse.training.world_data import WorldData, encode_clips
 
 
+def world_data(count: int = 200, added: float = 0.0, size: int = 6, seed: int = 0) -> WorldData:
+    # the latents say which clip they are of
+    numbers = torch.arange(float(count)) + added
+    latents = {"video": numbers.view(-1, 1, 1, 1, 1), "audio": numbers.view(-1, 1, 1)}
+    return WorldData(latents, Tokenizer(tiny_tokenizer(512)), size, seed)
+
+
 @pytest.fixture
 def data() -> WorldData:
-    # the latents say which clip they are of
-    numbers = torch.arange(200.0)
-    latents = {"video": numbers.view(-1, 1, 1, 1, 1), "audio": numbers.view(-1, 1, 1)}
-    return WorldData(latents, Tokenizer(tiny_tokenizer(512)), size=6, seed=0)
+    return world_data()
 
 
 def test_batches_take_turns_between_the_worlds_and_match_their_captions(data: WorldData) -> None:
@@ -31,6 +35,12 @@ def test_batches_take_turns_between_the_worlds_and_match_their_captions(data: Wo
             assert tokens.tolist() in data.tokens[int(clip.item())].values()
         again = data.batch(index)
         assert torch.equal(again.text, batch.text) and torch.equal(again.clean.video, batch.clean.video)
+
+
+def test_other_data_has_another_fingerprint(data: WorldData) -> None:
+    assert world_data().fingerprint == data.fingerprint
+    changes = ({"count": 199}, {"added": 1.0}, {"size": 5}, {"seed": 1})
+    assert len({data.fingerprint, *(world_data(**change).fingerprint for change in changes)}) == 5
 
 
 def test_training_clips_are_never_held_out() -> None:

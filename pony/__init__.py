@@ -97,15 +97,17 @@ def build(name: str) -> nn.Module:
 def write_part(folder: Path, name: str, module: nn.Module, note: str) -> None:
     """Write a part under its published names, and what belongs beside it.
 
-    In float16, transformers in bfloat16 and float32 as published. The same weights give the same bytes.
-    Raises OSError where that fails; then there is no new file.
+    In float16; transformers in bfloat16 and float32, base in bfloat16 alone, as published. The same weights
+    give the same bytes. Raises OSError where that fails; then there is no new file.
     """
     part = "transformer" if name in VARIANTS else name
     dtype = torch.bfloat16 if part == "transformer" else torch.float16
     prefix = "pretransform.model." if part == "audio_vae" else ""
+    stored = {
+        key: dtype if name == "base" else storage_dtype(part, key, dtype) for key in module.state_dict()
+    }
     state = {
-        prefix + key: tensor.detach().to("cpu", storage_dtype(part, key, dtype))
-        for key, tensor in module.state_dict().items()
+        prefix + key: tensor.detach().to("cpu", stored[key]) for key, tensor in module.state_dict().items()
     }
     header = {"format": "pt", "config": json.dumps(module.config.to_dict()), "note": note}
     if part == "transformer":

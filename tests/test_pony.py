@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from full_disk import disk_of
+from safetensors.torch import load_file
 
-from happyhorse.pony import FILES, untrained, write_part
+from happyhorse.model.config import VARIANTS
+from happyhorse.pony import FILES, FOLDER, untrained, write_part
 
 
 @pytest.mark.parametrize("name", ["distill", "video_vae"])
@@ -22,3 +24,15 @@ def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path) -> None:
     with disk_of(1), pytest.raises(OSError, match="full"):
         write_part(tmp_path, "audio_vae", module, "a note")
     assert not list((tmp_path / "audio_vae").iterdir())
+
+
+def test_all_parts_have_no_more_than_24_megabytes() -> None:
+    assert sum((FOLDER / file).stat().st_size for file in FILES.values()) < 24e6
+
+
+def test_parts_are_stored_in_the_dtypes_of_the_published_ones() -> None:
+    dtypes = {
+        name: {tensor.dtype for tensor in load_file(FOLDER / FILES[name]).values()} for name in VARIANTS
+    }
+    assert dtypes.pop("base") == {torch.bfloat16}
+    assert all(found == {torch.bfloat16, torch.float32} for found in dtypes.values())

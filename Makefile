@@ -43,6 +43,7 @@ bench: $(VENV)/.ready-test $(COMFYUI:%=$(HOST)/.ready)
 	$(BIN)/python benchmarks/transformer_speed.py
 	$(BIN)/python benchmarks/load_memory.py
 	$(BIN)/python benchmarks/decode_memory.py
+	$(BIN)/python benchmarks/small_films.py
 	$(if $(COMFYUI),$(HOST)/bin/python benchmarks/host_overhead.py,@echo "no ComfyUI: the nodes' overhead is not measured")
 
 # Trains the built-in miniature again, in some five hours on two cores; goes on where it was stopped.

@@ -1,6 +1,6 @@
 """What the command line's options accept: their words as values, and one sentence for what is refused.
 
-All raise argparse.ArgumentTypeError.
+What is refused raises argparse.ArgumentTypeError.
 """
 
 import argparse

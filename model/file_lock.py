@@ -9,7 +9,8 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # what some network folders answer
+# what some network folders answer
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, *(() if fcntl else (errno.EINVAL,)))
 
 
 def try_lock(file: IO[Any]) -> bool:

@@ -175,8 +175,8 @@ def _open_locked(path: Path) -> tuple[Path, io.BufferedRandom]:
         temporary = path.with_name(f".{path.name[:48]}.{uuid.uuid4().hex}.unfinished")
         file = temporary.open("x+b")
         try:
-            # another run may have taken it for a dead one's before it was locked
-            removed = not (try_lock(file) and os.fstat(file.fileno()).st_nlink)
+            # another run may have taken it for a dead one's before it was locked; Windows keeps what is open
+            removed = not try_lock(file) or (os.name == "posix" and not os.fstat(file.fileno()).st_nlink)
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in NO_LOCKS:
                 return temporary, file  # no other run can lock it either, so none takes it for a dead run's

@@ -124,8 +124,8 @@ def evaluate(
     """Make the films of `count` held-out prompts of each world and mode in `folder`, and judge them.
 
     Attributes are shares of films that show them. "sync" is a mean F1, "mouth" a median correlation, and both
-    are also measured with the sounds of all other films. "kept" is the share of what is seen in an image that
-    still is at the end, "first frame PSNR" is in dB.
+    are also measured with the sounds of all other films. "kept" is the share of what is seen in an image (and
+    named by the prompt) that still is at the end, "first frame PSNR" is in dB.
     """
     folder.mkdir(parents=True, exist_ok=True)
     figures: Figures = {}
@@ -160,6 +160,8 @@ def _judge(prompt: Prompt, world: str, path: Path) -> tuple[dict[str, float], Ve
     verdict = JUDGES[world](frames, sound, FILM_RATE)
     row = compare(prompt.attributes, verdict)
     row = {name.replace("_", " "): row[name] for name in row if name not in ("sync_f1", "mouth_correlation")}
+    if prompt.audio:  # it is the film's sound, whatever the networks do
+        row = {name: value for name, value in row.items() if name not in ("pitch", "voice")}
     if prompt.image:
         end = compare(prompt.attributes, JUDGES[world](frames[-LAST_FRAMES:], sound, FILM_RATE))
         row["kept"] = float(np.mean([end[name] for name in LOOKS[world]]))
@@ -183,6 +185,11 @@ def psnr(frames: np.ndarray, true: np.ndarray) -> float:
     """Peak signal-to-noise ratio of uint8 frames in dB, at most 100."""
     error = np.square(frames.astype(np.float64) - true).mean() / 255**2
     return float(-10 * np.log10(max(error, 1e-10)))
+
+
+def film_psnr(frames: np.ndarray, true: np.ndarray) -> list[float]:
+    """The `psnr` of each frame of a film."""
+    return [psnr(*pair) for pair in zip(frames, true, strict=True)]
 
 
 def read_film(path: Path) -> tuple[np.ndarray, np.ndarray]:

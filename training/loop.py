@@ -163,12 +163,13 @@ def _alone_in(folder: Path, title: str, elsewhere: str) -> Iterator[None]:
     with _naming(path, elsewhere):
         file = path.open("ab")
     with file:
-        try:
-            free = try_lock(file)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            free = True  # as far as can be told there
+        free = True  # as far as can be told where the file system has no locks
+        with _naming(path, elsewhere):
+            try:
+                free = try_lock(file)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
         if not free:
             raise ValueError(
                 f"another run trains in {folder}; wait until it has ended, or give {elsewhere} for {title}"

@@ -37,19 +37,24 @@ from .evaluate import (
     COUNT,
     JUDGES,
     MODES,
+    SHUFFLED,
     Figures,
     MakeFilm,
     Prompt,
     evaluate,
     film_path,
+    film_psnr,
     judge_films,
+    make_prompts,
     prompts_for,
-    psnr,
 )
 from .report import NETWORKS, contact_sheet, write_report, write_summary
 
 SHOWN = 3  # prompts of each world on the contact sheet
 LORA_FILMS = 50  # of a new shape
+NEW_SHAPE = "new shape"  # in the place of a mode
+OF_IMAGES = ("kept", "first frame PSNR")  # figures that only films of a given image have
+OF_SOUNDS = ("pitch", "voice", "sync", "mouth")
 ENLARGED = 20  # films of each world that super-resolution is measured by
 QUANTIZED = ("transformer", "text_encoder")  # roles that weights in fewer bits are for
 
@@ -62,10 +67,12 @@ class Way:
     steps: int | None = None
     weights: str | None = None
     modes: tuple[str, ...] = ("text",)
+    decoder: str = "turbo"
 
 
 WAYS = {
     "distill": Way(modes=MODES),
+    "distill, Wan2.2 decoder": Way(modes=MODES, decoder="wan"),
     "base": Way("base"),
     "4 steps": Way(steps=4),
     "2 steps": Way(steps=2),
@@ -88,26 +95,35 @@ def measure_all(
 
     Each way has a folder of its own in `folder`; "summary" as .json and .md has the figures of all.
     """
-    parts = open_models(models, "distill", device)
+    parts, changed, enlarging = (
+        open_models(models, "distill", device, **more) for more in ({}, {"lora": lora}, {"sr": "540p"})
+    )
+    found: dict[str, Figures] = {}
+
+    def add(name: str, figures: Figures) -> None:
+        found.setdefault(name, {}).update(figures)
+        write_summary(folder / "summary.json", found)
+
+    folder.mkdir(parents=True, exist_ok=True)
     with (
         parts.use("video_vae") as (vae, _),
         parts.use("audio_vae") as (audio_vae, _),
         parts.use("video_decoder") as (decoder, _),
     ):
-        ceilings = ceiling(vae, audio_vae, folder / "ceiling", count, size, decoder)
+        fast = ceiling(vae, audio_vae, folder / "ceiling", count, size, decoder)
         own = ceiling(vae, audio_vae, folder / "ceiling, Wan2.2 decoder", count, size)
-    found = {"ceiling": ceilings, "ceiling, Wan2.2 decoder": own}
+    ceilings = {"turbo": fast, "wan": own}
+    add("ceiling", fast)
+    add("ceiling, Wan2.2 decoder", own)
     for name, way in WAYS.items():
-        found[name] = measure(models, way, folder / name, device, count, size, ceilings)
-    found["LoRA"] = measure(models, Way(), folder / "LoRA", device, count, size, ceilings, lora)
-    parts = open_models(models, "distill", device, lora=lora)
+        add(name, measure(models, way, folder / name, device, count, size, ceilings[way.decoder]))
+    add("LoRA", measure(models, Way(), folder / "LoRA", device, count, size, fast, lora))
     wanted = new_shapes()[lora_clips:][:LORA_FILMS]
-    prompts = prompts_for(wanted, "bounce", folder / "LoRA", size)
-    found["LoRA"]["new shape"] = {
-        "bounce": judge_films(films_by(parts), prompts, "bounce", "new shape", folder / "LoRA")
-    }
-    found["super-resolution"] = {"large": super_resolution_gain(models, device, min(count, ENLARGED), size)}
-    write_summary(folder / "summary.json", found)
+    for name, used in (("LoRA", changed), ("distill", parts)):
+        prompts = prompts_for(wanted, "bounce", folder / name, size)
+        figures = judge_films(films_by(used), prompts, "bounce", NEW_SHAPE, folder / name)
+        add(name, {NEW_SHAPE: {"bounce": figures}})
+    add("super-resolution", {"large": super_resolution_gain(enlarging, min(count, ENLARGED), size)})
 
 
 def measure(
@@ -121,9 +137,12 @@ def measure(
     lora: Path | None = None,
 ) -> Figures:
     """Measure a way of making films by a folder of models; films, report and contact sheet go to `out`."""
-    converted = _converted(models, way, out / "weights")
-    parts = open_models(models, way.variant, device, converted=converted, lora=lora)
-    figures = evaluate(films_by(parts, way.steps), out / "films", count, way.modes, size)
+    converted = convert_parts(models, way, out / "weights")
+    parts = open_models(models, way.variant, device, way.decoder, converted, lora)
+    make_film = films_by(parts, way.steps)
+    out.mkdir(parents=True, exist_ok=True)
+    make_film(make_prompts("bounce", "text", out, 1, size)[0], out / "first.mp4")  # loads the networks
+    figures = evaluate(make_film, out / "films", count, way.modes, size)
     write_report(out / "figures.json", figures, ceilings)
     shown = {}
     for world in JUDGES:
@@ -136,7 +155,7 @@ def measure(
     return figures
 
 
-def _converted(models: Path, way: Way, folder: Path) -> dict[str, Path]:
+def convert_parts(models: Path, way: Way, folder: Path) -> dict[str, Path]:
     """Files by role of those networks that a way wants in another format."""
     if way.weights is None:
         return {}
@@ -154,6 +173,7 @@ def open_models(
     folder: Path,
     variant: str,
     device: torch.device,
+    decoder: str = "turbo",
     converted: Mapping[str, Path] = MappingProxyType({}),
     lora: Path | None = None,
     sr: str | None = None,
@@ -162,7 +182,7 @@ def open_models(
 
     `converted` are files to take in their place, by role.
     """
-    names = needed_parts(variant, sr, "turbo", image=True)
+    names = needed_parts(variant, sr, decoder, image=True)
     checkpoints = {
         role: open_part(name, converted.get(role) or catalog.find(name, folder))
         for role, name in names.items()
@@ -176,16 +196,19 @@ def open_models(
     return Parts(checkpoints, device, "none", dtype, default_vae_dtype(dtype, device), patches=changes)
 
 
-class _SamplingClock:
-    """Takes the time of sampling, as the progress of a film."""
+class SamplingClock:
+    """Takes the time of sampling, as the progress of a film; on a CPU that of the processor."""
 
     started = seconds = 0.0
 
+    def __init__(self, device: torch.device) -> None:
+        self.now = time.process_time if device.type == "cpu" else time.perf_counter
+
     def __call__(self, stage: str, done: int, total: int) -> None:  # noqa: ARG002
         if stage == "sampling" and not done:
-            self.started = time.perf_counter()
+            self.started = self.now()
         elif stage == "sampling":
-            self.seconds = time.perf_counter() - self.started
+            self.seconds = self.now() - self.started
 
 
 def films_by(parts: Parts, steps: int | None = None) -> MakeFilm:
@@ -199,7 +222,7 @@ def films_by(parts: Parts, steps: int | None = None) -> MakeFilm:
             prompt.text, PONY.negative_prompt, prompt.shape, seed=prompt.seed, steps=steps,
             image=prompt.image, audio=prompt.audio,
         )  # fmt: skip
-        clock = _SamplingClock()
+        clock = SamplingClock(parts.device)
         film = with_sound(parts, generate(parts, request, clock, quiet), quiet, quiet)
         write_film(parts, film, path, {}, quiet)
         return {"seconds of sampling": clock.seconds}
@@ -223,8 +246,8 @@ def ceiling(
 ) -> Figures:
     """The figures of true films that were encoded and decoded, `decoder` None being the VAE's own.
 
-    They are the same for all modes. Beside them, as mode "networks", is how near the decoded frames are: the
-    mean PSNR in dB, and that of the frame number that is worst.
+    A mode has those that mean something in it: a given sound stays as it is. Beside them, as mode "networks",
+    is how near the decoded frames are: the mean PSNR in dB, and that of the frame number that is worst.
     """
     ratios: list[list[float]] = []
 
@@ -236,10 +259,17 @@ def ceiling(
         frames = frames_to_uint8(decoded.float()).cpu()
         device = next(audio_vae.parameters()).device
         sound = audio_vae.decode(audio_vae.encode(torch.from_numpy(clip.sound)[None].to(device)))[0]
-        ratios.append([psnr(frame, true) for frame, true in zip(frames.numpy(), clip.frames, strict=True)])
+        ratios.append(film_psnr(frames.numpy(), clip.frames))
         _write(path, frames, sound.float().cpu(), prompt.shape)
 
-    figures = dict.fromkeys(MODES, evaluate(make_film, folder, count, ["image"], size)["image"])
+    figures = evaluate(make_film, folder, count, ["image"], size)
+    for mode, left_out in (("text", OF_IMAGES), ("audio", (*OF_IMAGES, *OF_SOUNDS))):
+        figures[mode] = {
+            world: {
+                name: value for name, value in found.items() if name.removesuffix(SHUFFLED) not in left_out
+            }
+            for world, found in figures["image"].items()
+        }
     by_frame = np.mean(ratios, axis=0)
     near = {"PSNR": float(by_frame.mean()), "worst frame": float(by_frame.min())}
     return figures | {NETWORKS: {"both": near}}
@@ -254,7 +284,7 @@ def _write(path: Path, frames: Tensor, sound: Tensor, shape: FilmShape) -> None:
 
 @torch.inference_mode()
 def super_resolution_gain(
-    models: Path, device: torch.device, count: int = ENLARGED, size: tuple[int, int] = SIZE
+    parts: Parts, count: int = ENLARGED, size: tuple[int, int] = SIZE
 ) -> dict[str, dict[str, float]]:
     """How near films that were made twice as large are to true films of that size: mean PSNR in dB, by world.
 
@@ -262,7 +292,7 @@ def super_resolution_gain(
     ("bicubic"); "bicubic, true film" resizes what was never encoded. "ceiling" is of large films that went
     through the VAE.
     """
-    parts = open_models(models, "distill", device, sr="540p")
+    device = parts.device
     tokenizer = load_tokenizer(parts.checkpoints["text_encoder"])
     width, height = 2 * size[0], 2 * size[1]
     found: dict[str, dict[str, float]] = {}
@@ -292,6 +322,7 @@ def super_resolution_gain(
                 **dict(zip(("bicubic", "bicubic, true film"), resized, strict=True)),
                 "ceiling": decoded[2],
             }
-            rows.append({name: psnr(film.cpu().numpy(), large.frames) for name, film in films.items()})
+            ratios = {name: film_psnr(film.cpu().numpy(), large.frames) for name, film in films.items()}
+            rows.append({name: np.mean(values) for name, values in ratios.items()})
         found[world] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     return found

@@ -26,7 +26,7 @@ from ..sampler.parts import open_part
 from ..sampler.plan import room_on
 from .audio_vae import AudioVAEStage, finished
 from .data.clip import SIZE
-from .data.pool import Progress, VideoPool
+from .data.pool import Progress, VideoPool, training_clip_attributes
 from .data.world import new_shapes
 from .dmd2 import Dmd2Settings, Dmd2Stage
 from .evaluate import film_path, prompts_for
@@ -48,8 +48,7 @@ from .world_data import WorldData, encode_clips
 CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 3, "video_decoder": 3}  # of so many steps, each with falling learning rates
 
-LORA = "heart.safetensors"
-LORA_BATCH, LORA_RATE = 4, 1e-3
+LORA_BATCH, LORA_RATE = 4, 3e-3
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ class Recipe:
     """`runs` keeps the checkpoints; trained parts are written to `out`, laid out as the pack's own pony.
 
     `clips` are in memory while the video VAE is trained, of one size and of twice that; latents of
-    `latent_clips` train the transformers, `batch` films of each world in an update, and `lora_clips` the LoRA
-    of a new shape.
+    `latent_clips` train the transformers, `batch` films of each world in an update; the LoRA of a new shape
+    sees `lora_clips` of it, and of what the base knows.
     """
 
     runs: Path
@@ -68,14 +67,14 @@ class Recipe:
     steps: dict[str, int] = field(
         default_factory=lambda: {
             "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 150,
-            "super_resolution": 2000, "lora": 600,
+            "super_resolution": 2000, "lora": 1500,
         }
     )  # fmt: skip
     clips: tuple[int, int] = (500, 80)
     codec_films: int = 300
     latent_clips: int = 4000
     large_latent_clips: int = 800
-    lora_clips: int = 20
+    lora_clips: tuple[int, int] = (20, 32)
     batch: int = 16
     seed: int = 0
 
@@ -132,6 +131,11 @@ class Recipe:
         made_with = f"codec {_checksum(self.runs / CODEC)}"
         with _bar("large latents") as progress, torch.inference_mode():
             return encode_clips(path, self.large_latent_clips, encoders, made_with, size, progress)["video"]
+
+    @property
+    def lora(self) -> Path:
+        """The LoRA of a new shape, made for the base as it is now."""
+        return self.runs / f"lora-{_checksum(self.out / pony.FILES['base'])}" / "heart.safetensors"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -268,21 +272,26 @@ def train_super_resolution(recipe: Recipe) -> None:
 
 
 def train_new_shape(recipe: Recipe) -> None:
-    """A LoRA of a shape that the base has never seen, from a folder of clips such as users have."""
-    folder, device = recipe.runs / "lora", torch.device(recipe.device)
-    clips, out = folder / "clips", folder / LORA
+    """A LoRA of a shape that the base has never seen, from a folder of clips such as users have.
+
+    Clips of what it knows are among them, without which all shapes would become the new one.
+    """
+    device, out = torch.device(recipe.device), recipe.lora
     if out.exists():
         return
+    clips = out.parent / "clips"
     clips.mkdir(parents=True, exist_ok=True)
-    for prompt in prompts_for(new_shapes()[: recipe.lora_clips], "bounce", clips):
-        path = film_path(clips, "text", "bounce", prompt.seed)
+    new, known = recipe.lora_clips
+    wanted = [*new_shapes()[:new], *map(training_clip_attributes, range(known))]
+    prompts = prompts_for(wanted, "lora", clips)
+    for prompt in prompts:
+        path = film_path(clips, "text", "lora", prompt.seed)
         write_render(prompt, path)
         path.with_suffix(".txt").write_text(f"{prompt.text}\n", encoding="utf-8")
+    settings = LoraSettings(recipe.steps["lora"], rate=LORA_RATE, seed=recipe.seed)
     job = LoraJob(
-        clips, out, folder / "run", prompt.shape,
-        LoraSettings(recipe.steps["lora"], rate=LORA_RATE, seed=recipe.seed), PONY.negative_prompt,
-        batch=LORA_BATCH,
-    )  # fmt: skip
+        clips, out, out.parent / "run", prompts[0].shape, settings, PONY.negative_prompt, batch=LORA_BATCH
+    )
     parts = {"transformer": "base", **{name: name for name in ("text_encoder", "video_vae", "audio_vae")}}
     checkpoints = {role: open_part(name, recipe.out / pony.FILES[name]) for role, name in parts.items()}
     room = room_on(device)
@@ -295,8 +304,8 @@ def train_new_shape(recipe: Recipe) -> None:
 
 def measure_films(recipe: Recipe) -> None:
     """Films of held-out prompts, judged; reports and contact sheets in the runs' folder "measured"."""
-    lora = recipe.runs / "lora" / LORA
-    measure_all(recipe.out, recipe.runs / "measured", torch.device(recipe.device), lora, recipe.lora_clips)
+    device = torch.device(recipe.device)
+    measure_all(recipe.out, recipe.runs / "measured", device, recipe.lora, recipe.lora_clips[0])
 
 
 STAGES: dict[str, Callable[[Recipe], None]] = {

@@ -3,6 +3,7 @@
 import functools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     (folder / "pony").mkdir()
     recipe = Recipe(
         folder / "runs", folder / "pony", steps=dict.fromkeys(STAGES, 1), clips=(3, 1), codec_films=3,
-        latent_clips=24, large_latent_clips=8, lora_clips=4, batch=4,
+        latent_clips=24, large_latent_clips=8, lora_clips=(4, 4), batch=4,
     )  # fmt: skip
     recipe.run(stage for stage in STAGES if stage != "measure")
     return recipe
@@ -56,13 +57,22 @@ def test_the_trained_pony_is_measured(recipe: Recipe, monkeypatch: pytest.Monkey
         assert {"figures.json", "figures.md", "films.png"} <= {path.name for path in (folder / way).iterdir()}
     found = json.loads((folder / "summary.json").read_text())
     assert {*measure.WAYS, "LoRA", "super-resolution", "ceiling"} <= set(found)
-    assert "shape" in found["LoRA"]["new shape"]["bounce"]
+    assert all("shape" in found[way]["new shape"]["bounce"] for way in ("LoRA", "distill"))
 
 
 def test_the_new_shape_is_learnt_from_clips_of_it(recipe: Recipe) -> None:
-    captions = [path.read_text() for path in (recipe.runs / "lora" / "clips").glob("*.txt")]
-    assert len(captions) == recipe.lora_clips and all(" heart bounces " in text for text in captions)
-    assert open_lora(recipe.runs / "lora" / pony_recipe.LORA).adapters
+    captions = [path.read_text() for path in sorted((recipe.lora.parent / "clips").glob("*.txt"))]
+    assert [" heart bounces " in text for text in captions] == [True] * 4 + [False] * 4
+    before = recipe.lora.read_bytes()
+    assert open_lora(recipe.lora).adapters
+    recipe.run(["lora"])  # it is done
+    assert recipe.lora.read_bytes() == before
+
+
+def test_a_missing_lora_is_said_before_anything_is_measured(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none"):
+        measure_all(recipe.out, tmp_path / "measured", torch.device("cpu"), tmp_path / "none.safetensors", 4)
+    assert not (tmp_path / "measured").exists()
 
 
 def test_the_command_line_knows_all_stages() -> None:

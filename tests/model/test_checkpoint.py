@@ -554,7 +554,7 @@ def test_every_part_of_the_pony_is_found_loads_and_is_described(pony_folder: Pat
     assert type(module) is NETWORKS[part]
     count = sum(tensor.numel() for tensor in module.state_dict().values())
     assert opened.parameters == count and len(module.state_dict()) == len(opened.names)
-    dtypes = "BF16, F32" if name in VARIANTS else "F16"
+    dtypes = "BF16" if name == "base" else "BF16, F32" if name in VARIANTS else "F16"
     size = f"{count:,} parameters in {len(opened.names)} tensors"
     assert describe(path) == f"{path}: {opened.label}, {dtypes}, {size}, complete"
     assert opened.label == (f"{name} transformer" if name in VARIANTS else name.replace("_", " "))

@@ -64,7 +64,10 @@ def difference(a: NestedTensor, b: NestedTensor) -> float:
 
 
 def test_sampler_custom_with_lcm_is_our_sampler(model, prompt: list) -> None:
-    assert difference(custom(model, prompt), sample(model, prompt, steps=8)) < 1e-4
+    # its formula rounds otherwise, which eight steps of the trained network enlarge
+    ours = sample(model, prompt, steps=8)
+    for found, expected in zip(custom(model, prompt).unbind(), ours.unbind(), strict=True):
+        assert (found - expected).norm() / expected.norm() < 1e-4
 
 
 def test_our_sampler_in_sampler_custom_is_our_sampler_node(model, prompt: list) -> None:

@@ -12,9 +12,6 @@ from happyhorse.pony import write_pony
 
 STARTED = pytest.StashKey[float]()
 
-# The recorded runs in bfloat16 were made with AVX-512; matrix units (AMX) sum up in another order, which
-# flips roundings. oneDNN looks at this when it is first used; processes that tests start inherit it.
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 torch.set_num_threads(1)  # tests are small and run side by side: more threads only wait for each other
 
 

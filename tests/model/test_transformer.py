@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +14,8 @@ from happyhorse.model.config import MAGIHUMAN, VARIANTS, TransformerConfig
 from happyhorse.model.packing import Latents, PackedLayout, patchify
 from happyhorse.model.rope import rope_table
 from happyhorse.model.transformer import JointTransformer
+
+RECORDED_WITH = "AVX512_CORE_BF16"  # the bfloat16 runs; a name of oneDNN's
 
 
 def load(
@@ -93,9 +98,28 @@ class Trace:
         return got | {"out_tokens": torch.cat((*padded, text))}
 
 
+def passes_as_recorded(request: pytest.FixtureRequest) -> bool:
+    """Whether a test passes where oneDNN has the instructions that the bfloat16 runs were recorded with.
+
+    Others sum up in another order and flip roundings. oneDNN chooses once in a process, so it gets its own;
+    within that this is False, and the test goes on.
+    """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA") == RECORDED_WITH:
+        return False
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": RECORDED_WITH}
+    environment.pop("TEST_SUMMARY", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", request.node.nodeid]
+    root = request.config.rootpath
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "1 passed" in run.stdout, run.stdout
+    return True
+
+
 @pytest.mark.parametrize("policy", ["fp32", "ref"])
-def test_golden_transformer(golden: Golden, policy: str) -> None:
+def test_golden_transformer(golden: Golden, policy: str, request: pytest.FixtureRequest) -> None:
     """Everything recorded of the forward pass, from the embeddings over the layers to the velocities."""
+    if policy == "ref" and passes_as_recorded(request):
+        return
     network = golden.network(torch.float32 if policy == "fp32" else torch.bfloat16)
     trace = Trace(network)
     velocity = network(golden.latents, golden.text, golden.layout)

@@ -25,6 +25,7 @@ MUON_RATE, ADAM_RATE, EMA_DECAY = 0.012, 2e-3, 0.995
 WHOLE = 96  # pixels a side of a training clip
 # (how many, side) crops make a step until CROP_SHARE of the first round, and then
 EARLY_CROPS, LATE_CROPS, CROP_SHARE = (2, 48), (2, 64), 0.6
+DOUBLE_ROUND, DOUBLE_SHARE = 3, 0.5  # from this round on, so many crops are of clips of twice the size
 MOTION_WEIGHT, FIRST_FRAME_WEIGHT, EDGE_WEIGHT = 4.0, 2.0, 0.5
 ENCODER_EVERY, OWN_LATENTS = 3, 0.7  # steps; share of the first round before the decoder sees its encoder
 
@@ -141,15 +142,16 @@ class VideoDecoderStage(_PictureStage):
 
 def _crops(pool: VideoPool, step: int, steps: int, seed: int) -> Tensor:
     kind = EARLY_CROPS if step < CROP_SHARE * steps else LATE_CROPS
-    return pool.crops(*kind, Random(f"{seed} crops {step}"))
+    double = DOUBLE_SHARE if step >= DOUBLE_ROUND * steps else 0.0
+    return pool.crops(*kind, Random(f"{seed} crops {step}"), double)
 
 
 def round_rate(step: int, steps: int) -> float:
-    """The share of the learning rate at `step`: it falls to nothing in `steps`, then again from half as high.
+    """The share of the learning rate at `step`: it falls to nothing in `steps`, then from half of it again.
 
     Warm restarts (arXiv:1608.03983): a run can go on for another round where one was not enough.
     """
-    return 0.5 ** (step // steps) * decayed(step % steps, steps, flat=0.1) ** 2
+    return (1.0 if step < steps else 0.5) * decayed(step % steps, steps, flat=0.1) ** 2
 
 
 def encode_film(vae: VideoVAE, video: Tensor) -> Tensor:

@@ -36,16 +36,21 @@ class VideoPool:
     ) -> None:
         sizes = [SIZE] * count + [(2 * SIZE[0], 2 * SIZE[1])] * count_double
         self.clips: list[np.ndarray] = []
+        self.count = count
         for index, size in enumerate(sizes):
             self.clips.append(training_clip(index, size).frames)
             progress(index + 1, len(sizes))
 
-    def crops(self, count: int, side: int, random: Random) -> Tensor:
-        """`count` crops [count, 3, 49, side, side] in [-1, 1] at random places of random clips."""
-        return torch.cat([self._crop(side, random) for _ in range(count)])
+    def crops(self, count: int, side: int, random: Random, double: float = 0.0) -> Tensor:
+        """`count` crops [count, 3, 49, side, side] in [-1, 1] at random places of random clips.
 
-    def _crop(self, side: int, random: Random) -> Tensor:
-        frames = random.choice(self.clips)
+        A share `double` of them is of clips of twice the size, the others of any.
+        """
+        return torch.cat([self._crop(side, random, double) for _ in range(count)])
+
+    def _crop(self, side: int, random: Random, double: float) -> Tensor:
+        is_double = double > 0 and random.random() < double
+        frames = random.choice(self.clips[self.count :] if is_double else self.clips)
         step = random.choice((1, GRID, GRID, GRID))
         top, left = (step * random.randint(0, (length - side) // step) for length in frames.shape[1:3])
         return to_video(frames[:, top : top + side, left : left + side])

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +95,16 @@ def test_rates_fall_in_every_round_and_start_lower_in_the_next() -> None:
     assert max(rates[:1000]) == 1 and max(rates[1000:]) == 0.5
     assert rates[999] < 1e-3 and rates[1999] < 1e-3
     assert rates[20:1000] == sorted(rates[20:1000], reverse=True)
+
+
+def test_a_share_of_the_crops_is_of_clips_of_twice_the_size() -> None:
+    pool = VideoPool(1, 1)
+    pool.clips = [np.full_like(frames, value) for frames, value in zip(pool.clips, (0, 255), strict=True)]
+    crops = pool.crops(20, 16, Random(0), double=1.0)
+    assert (crops == 1).all()
+    few = pool.crops(200, 16, Random(0), double=0.5).amax(dim=(1, 2, 3, 4)).add(1).mean() / 2
+    assert 0.6 < few < 0.9  # half, and half of the others
+    assert (VideoPool(1, 0).crops(1, 16, Random(0), double=1.0).shape) == (1, 3, 49, 16, 16)
 
 
 @pytest.mark.parametrize("part", ["video_vae", "video_decoder"])

@@ -44,13 +44,13 @@ class VideoPool:
     def crops(self, count: int, side: int, random: Random, double: float = 0.0) -> Tensor:
         """`count` crops [count, 3, 49, side, side] in [-1, 1] at random places of random clips.
 
-        A share `double` of them is of clips of twice the size, the others of any.
+        A share `double` of them is of clips of twice the size, if the pool has any, the others of all clips.
         """
         return torch.cat([self._crop(side, random, double) for _ in range(count)])
 
     def _crop(self, side: int, random: Random, double: float) -> Tensor:
-        is_double = double > 0 and random.random() < double
-        frames = random.choice(self.clips[self.count :] if is_double else self.clips)
+        doubles = self.clips[self.count :]
+        frames = random.choice(doubles if doubles and double > 0 and random.random() < double else self.clips)
         step = random.choice((1, GRID, GRID, GRID))
         top, left = (step * random.randint(0, (length - side) // step) for length in frames.shape[1:3])
         return to_video(frames[:, top : top + side, left : left + side])

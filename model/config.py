@@ -245,8 +245,8 @@ PONY = Preset(
             mm_layers=(0, 5), gelu7_layers=(0,), frame_receptive_field=2,
         ),
         **_refiners(
-            num_layers=4, hidden_size=96, head_dim=32, num_query_groups=1, text_in_channels=96,
-            mm_layers=(0, 3), gelu7_layers=(0,), frame_receptive_field=2, global_layers=(1,),
+            num_layers=2, hidden_size=192, head_dim=32, num_query_groups=1, text_in_channels=96,
+            mm_layers=(), gelu7_layers=(0,), frame_receptive_field=2, global_layers=(1,),
         ),
     },
     text_encoder=TextEncoderConfig(

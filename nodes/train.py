@@ -103,7 +103,8 @@ class HappyHorseTrainLora(io.ComfyNode):
                 io.Model.Input("model", optional=True,
                                tooltip="A model that the LoRA shall be applied to, such as distill: it comes "
                                "out with it."),
-                whole("batch_size", 1, 1, 64, "Clips computed at once.", **hidden),
+                whole("batch_size", 1, 1, 64, "Most clips computed at once: those whose captions have as "
+                      "many tokens.", **hidden),
                 whole("accumulation", 1, 1, 1024, "Batches of an update.", **hidden),
                 io.Float.Input("alpha", default=0.0, min=0.0, max=4096.0, step=1.0,
                                tooltip="The change counts alpha / rank times; 0: as the rank.", **hidden),

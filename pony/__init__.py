@@ -1,7 +1,6 @@
 """The pony: the whole family in miniature, its files laid out like the published ones.
 
-It is trained on two small worlds (training/data/world.py). Parts
-that are not trained yet have random weights.
+It is trained on two small worlds (training/data/world.py); docs/pony.md is its model card.
 """
 
 import functools
@@ -39,9 +38,8 @@ FILES = {
 def version() -> str:
     """Changes with the trained parts."""
     digest = 0
-    for file in FILES.values():
-        if (FOLDER / file).exists():
-            digest = zlib.crc32((FOLDER / file).read_bytes(), digest)
+    for path in _shipped():
+        digest = zlib.crc32(path.read_bytes(), digest)
     return f"{digest:08x}"
 
 
@@ -61,24 +59,21 @@ def ensure_pony(folder: Path) -> Path:
     return folder
 
 
-def write_pony(folder: Path, seed: int = 0) -> None:
-    """Write all parts of the miniature into the existing `folder`; random ones are drawn from `seed`."""
-    for index, (name, file) in enumerate(FILES.items()):
-        if (FOLDER / file).exists():
-            (folder / file).parent.mkdir(exist_ok=True)
-            shutil.copyfile(FOLDER / file, folder / file)
-            _write_companion(folder, name)
-        else:
-            module = untrained(name, torch.Generator("cpu").manual_seed(seed + index))
-            write_part(folder, name, module, note="random weights")
+def write_pony(folder: Path) -> None:
+    """Copy all parts of the miniature into the existing `folder`, and write what belongs beside them."""
+    for name, path in zip(FILES, _shipped(), strict=True):
+        (folder / FILES[name]).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / FILES[name])
+        _write_companion(folder, name)
 
 
-def untrained(name: str, generator: torch.Generator) -> nn.Module:
-    """A part with random weights; names are those of `FILES`."""
-    module = build(name)
-    state = {key: random_weight(key, tensor, generator) for key, tensor in module.state_dict().items()}
-    module.load_state_dict(state)
-    return module
+def _shipped() -> list[Path]:
+    """The files of all parts; raises FileNotFoundError for one that the pack lacks."""
+    paths = [FOLDER / file for file in FILES.values()]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing, a part of the pony; install the node pack again")
+    return paths
 
 
 def build(name: str) -> nn.Module:
@@ -97,14 +92,18 @@ def build(name: str) -> nn.Module:
 def write_part(folder: Path, name: str, module: nn.Module, note: str) -> None:
     """Write a part under its published names, and what belongs beside it.
 
-    In float16; transformers in bfloat16 and float32, base in bfloat16 alone, as published. The same weights
-    give the same bytes. Raises OSError where that fails; then there is no new file.
+    In float16; transformers in bfloat16 and float32, base in bfloat16 alone, as published. For its size,
+    super-resolution has in float32 only what is no matrix. The same weights give the same bytes. Raises
+    OSError where that fails; then there is no new file.
     """
     part = "transformer" if name in VARIANTS else name
     dtype = torch.bfloat16 if part == "transformer" else torch.float16
     prefix = "pretransform.model." if part == "audio_vae" else ""
     stored = {
-        key: dtype if name == "base" else storage_dtype(part, key, dtype) for key in module.state_dict()
+        key: dtype
+        if name == "base" or (name.endswith("_sr") and tensor.ndim > 1)
+        else storage_dtype(part, key, dtype)
+        for key, tensor in module.state_dict().items()
     }
     state = {
         prefix + key: tensor.detach().to("cpu", stored[key]) for key, tensor in module.state_dict().items()

@@ -7,20 +7,21 @@ import torch
 from full_disk import disk_of
 from safetensors.torch import load_file
 
+from happyhorse import pony
 from happyhorse.model.config import VARIANTS
-from happyhorse.pony import FILES, FOLDER, untrained, write_part
+from happyhorse.pony import FILES, FOLDER, build, write_part
 
 
 @pytest.mark.parametrize("name", ["distill", "video_vae"])
 def test_the_same_weights_are_the_same_bytes(name: str, tmp_path: Path) -> None:
-    module = untrained(name, torch.Generator().manual_seed(0))
+    module = build(name)
     for folder in ("a", "b"):
         write_part(tmp_path / folder, name, module, "a note")
     assert (tmp_path / "a" / FILES[name]).read_bytes() == (tmp_path / "b" / FILES[name]).read_bytes()
 
 
 def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path) -> None:
-    module = untrained("audio_vae", torch.Generator().manual_seed(0))
+    module = build("audio_vae")
     with disk_of(1), pytest.raises(OSError, match="full"):
         write_part(tmp_path, "audio_vae", module, "a note")
     assert not list((tmp_path / "audio_vae").iterdir())
@@ -36,3 +37,10 @@ def test_parts_are_stored_in_the_dtypes_of_the_published_ones() -> None:
     }
     assert dtypes.pop("base") == {torch.bfloat16}
     assert all(found == {torch.bfloat16, torch.float32} for found in dtypes.values())
+
+
+def test_a_missing_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pony, "FOLDER", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"base/model\.safetensors is missing, a part of the pony"):
+        pony.ensure_pony(tmp_path / "pony")
+    assert not list(tmp_path.iterdir())

@@ -210,10 +210,6 @@ class ClipData:
     batch_size: int
     seed: int
 
-    def __len__(self) -> int:
-        """Clips."""
-        return len(self.latents)
-
     @property
     def fingerprint(self) -> str:
         """Changes with the clips, the captions, the negative prompt, what encoded them, and the order."""
@@ -299,6 +295,13 @@ def prepare_clips(
     _encode_texts(clips, negative, texts, encoders, progress)
     _encode_clips(clips, latents, shape, encoders, device, progress)
     lengths = tuple(open_weights(path).tensors["text"].shape[1] for path in texts[:-1])
+    batches = sum(-(-lengths.count(length) // batch_size) for length in set(lengths))
+    if batches > -(-len(clips) // batch_size):
+        log.warning(
+            "batches hold %.1f clips on average, not %d: only clips whose captions have the same number of "
+            "tokens are computed at once; let an update have several batches instead (accumulation)",
+            len(clips) / batches, batch_size,
+        )  # fmt: skip
     states = _read(texts[-1])["text"].float()
     return ClipData(tuple(latents), tuple(texts[:-1]), lengths, states, texts[-1].name, batch_size, seed)
 

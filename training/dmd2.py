@@ -6,7 +6,6 @@ fake, which learns by flow matching how the student's own films look. There is n
 """
 
 import copy
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from ..sampler.parts import compile_layers
 from ..sampler.schedule import SHIFT, flow_sigmas
 from ..sampler.stages import denoise_function
 from .flow import Data, FlowNetworks, Held, LossWeights, accumulated, flow_loss, sample_sigmas
-from .generators import generator
+from .generators import checksum, generator
 from .optim import Ema
 
 
@@ -161,14 +160,14 @@ class Dmd2Stage:
         self.student_optimizer = Adam(self.student.parameters(), settings.student_lr, settings.betas)
         self.fake_optimizer = Adam(self.fake.parameters(), settings.fake_lr, settings.betas)
         self.ema = Ema(self.student.transformer, settings.ema)
-        weights = next(base.parameters()).detach().float().cpu().contiguous()
         self.fingerprint = {
             "stage": "dmd2",
             **asdict(settings),
             "batches": accelerator.gradient_accumulation_steps,
-            "base": zlib.crc32(weights.numpy().tobytes()),
+            "base": checksum(*base.parameters()),
             "config": base.config.to_dict(),
             "data": data.fingerprint,
+            "negative": checksum(self.negative),
         }
         if compiled:
             for networks in (self.student, self.fake, self.base):

@@ -25,7 +25,7 @@ from ..model.transformer import JointTransformer
 from ..sampler.noise import normal_like
 from ..sampler.parts import compile_layers
 from ..sampler.schedule import SHIFT
-from .generators import generator
+from .generators import checksum, generator
 from .optim import Ema, decayed, optimizers, scale_rates
 
 VelocityFunction = Callable[[Latents, Tensor], Latents]  # (noisy latents, text) -> velocity
@@ -85,17 +85,22 @@ def flow_loss(
     noise: Latents,
     weights: LossWeights,
     held: Held | None = None,
+    metric: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Mean squared error of the velocity at the noise levels `sigma` [B], without what is `held`.
 
     Each stream's is the mean over what is not held; the figures are the weighted loss and these two, a stream
-    that is held in all films being left out.
+    that is held in all films being left out. Errors of video latents are multiplied by `metric` [C, C] before
+    they are squared.
     """
     free = _free(clean, held)
     levels = free.map(lambda mask: mask * _along(sigma, mask))
     noisy = levels.map(lambda level, x, e: (1 - level) * x + level * e, clean, noise)
     velocity = velocity_fn(noisy, text)
-    video, audio = velocity.map(lambda v, x, e: (v - (e - x)).square(), clean, noise)
+    video, audio = velocity.map(lambda v, x, e: v - (e - x), clean, noise)
+    if metric is not None:
+        video = torch.einsum("dc,bcfyx->bdfyx", metric, video)
+    video, audio = video.square(), audio.square()
     free.video[:, :, 0] *= weights.first_frame
     video = _weighted_mean(video.mean(dim=(1, 3, 4), keepdim=True), free.video)
     audio = _weighted_mean(audio.mean(dim=2, keepdim=True), free.audio)
@@ -221,6 +226,7 @@ class FlowStage:
             "text_encoder": self.networks.text_encoder is not None,
             "config": self.networks.transformer.config.to_dict(),
             "data": self.data.fingerprint,
+            "negative": checksum(self.negative),  # states, if the text encoder stays as it is: they tell it
         }
 
     def step(self, step: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -69,6 +70,11 @@ def train(
     """
     with _alone_in(folder, title, elsewhere):
         run = _Run(stage, folder, title, elsewhere)
+        if run.done > steps:
+            raise ValueError(
+                f"{run.checkpoint} has {run.done} steps, only {steps} are asked for; ask for as many, "
+                f"delete it to start again, or give {elsewhere}"
+            )
         saved = time.monotonic()
         with _interrupt_between_steps() as interrupted:
             while run.done < steps:
@@ -203,6 +209,8 @@ def _write(path: Path, write: Callable[[Path], object], elsewhere: str) -> None:
     try:
         with _naming(path, elsewhere):
             write(temporary)
+            with temporary.open("rb+") as file:  # a power cut must not leave an empty one
+                os.fsync(file.fileno())
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -213,8 +221,11 @@ def _naming(path: Path, elsewhere: str) -> Iterator[None]:
     """Raise what goes wrong in writing as an OSError that names `path`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as the latter, and so what a device did wrong
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise
+        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
         raise OSError(
             f"{path} could not be written ({reason}); free some space or give {elsewhere}, then run again"
         ) from error

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar
 
 import torch
@@ -224,8 +224,9 @@ class LoraStage:
     """Trains a LoRA on a loaded transformer, whose weights stay as they are; a `Stage` of `loop.train`.
 
     `negative` is the states of the negative prompt, [1, L, C]; `base` is the checkpoint's name, and
-    `identity` tells it from others. With `resident` the layers from that one on lie in CPU memory and are
-    streamed. The accelerator says the device of everything else, and how many batches make an update.
+    `identity` tells it from others; `told` is what else a run must be continued with. With `resident` the
+    layers from that one on lie in CPU memory and are streamed. The accelerator says the device of everything
+    else, and how many batches make an update.
     `close`, or the end of a `with`, gives the transformer back as it was and lets go of all that was made.
     """
 
@@ -239,9 +240,10 @@ class LoraStage:
         base: str,
         identity: str = "",
         resident: int | None = None,
+        told: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.data, self.settings, self.accelerator = data, settings, accelerator
-        self.base, self.identity = base, identity
+        self.base, self.identity, self.told = base, identity, told
         device = accelerator.device
         with ExitStack() as undo:
             self.adapters = LoraAdapters(transformer, settings)
@@ -279,6 +281,7 @@ class LoraStage:
             "base": self.base,
             "base_file": self.identity,
             "dtype": str(self._dtype),
+            **self.told,
             "data": self.data.fingerprint,
         }
 

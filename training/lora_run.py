@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -79,13 +79,22 @@ def prepare_lora(
     if resident is not None:
         log.info("%d of %d layers stay on %s, the others are streamed", resident, len(need.layers), device)
 
-    def told(done: int, total: int) -> None:
+    def loading(done: int, total: int) -> None:
         progress(f"loading the {transformer.label}", done, total)
 
     identity = file_identity(transformer.path)
-    module = load(transformer, dtype, device, resident, told)
+    module = load(transformer, dtype, device, resident, loading)
+    told = {**asdict(job.shape), "batch": job.batch, "negative": job.negative}
     return LoraStage(
-        module, data, data.negative, job.settings, accelerator, transformer.path.name, identity, resident
+        module,
+        data,
+        data.negative,
+        job.settings,
+        accelerator,
+        transformer.path.name,
+        identity,
+        resident,
+        told,
     )
 
 

@@ -6,7 +6,7 @@ VAE.
 
 import time
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,7 +32,7 @@ from ..sampler.pipeline import FilmRequest, film_sound, generate, with_sound, wr
 from ..sampler.stages import RECIPES, network_of, sample_super_resolution
 from .data.clip import SIZE, make_clip
 from .data.pool import to_video
-from .data.world import caption, held_out, new_shapes
+from .data.world import body, caption, heads_in_hats, held_out
 from .evaluate import (
     COUNT,
     JUDGES,
@@ -51,8 +51,8 @@ from .evaluate import (
 from .report import NETWORKS, contact_sheet, write_report, write_summary
 
 SHOWN = 3  # prompts of each world on the contact sheet
-LORA_FILMS = 50  # of a new shape
-NEW_SHAPE = "new shape"  # in the place of a mode
+LORA_FILMS = 50  # of a new thing
+NEW_THING = "new thing"  # in the place of a mode
 OF_IMAGES = ("kept", "first frame PSNR")  # figures that only films of a given image have
 OF_SOUNDS = ("pitch", "voice", "sync", "mouth")
 ENLARGED = 20  # films of each world that super-resolution is measured by
@@ -91,7 +91,7 @@ def measure_all(
     count: int = COUNT,
     size: tuple[int, int] = SIZE,
 ) -> None:
-    """Measure a folder of models in all ways, and a LoRA of a new shape made from the first `lora_clips`.
+    """Measure a folder of models in all ways, and a LoRA of hats, made from the first `lora_clips`.
 
     Each way has a folder of its own in `folder`; "summary" as .json and .md has the figures of all.
     """
@@ -118,11 +118,11 @@ def measure_all(
     for name, way in WAYS.items():
         add(name, measure(models, way, folder / name, device, count, size, ceilings[way.decoder]))
     add("LoRA", measure(models, Way(), folder / "LoRA", device, count, size, fast, lora))
-    wanted = new_shapes()[lora_clips:][:LORA_FILMS]
+    wanted = heads_in_hats()[lora_clips:][:LORA_FILMS]
     for name, used in (("LoRA", changed), ("distill", parts)):
-        prompts = prompts_for(wanted, "bounce", folder / name, size)
-        figures = judge_films(films_by(used), prompts, "bounce", NEW_SHAPE, folder / name)
-        add(name, {NEW_SHAPE: {"bounce": figures}})
+        prompts = prompts_for(wanted, "head", folder / name, size)
+        figures = judge_films(films_by(used), prompts, "head", NEW_THING, folder / name)
+        add(name, {NEW_THING: {"head": figures}})
     add("super-resolution", {"large": super_resolution_gain(enlarging, min(count, ENLARGED), size)})
 
 
@@ -147,7 +147,7 @@ def measure(
     shown = {}
     for world in JUDGES:
         for seed, attributes in enumerate(held_out(world, count)[:SHOWN]):
-            words = " ".join(astuple(attributes))
+            words = body(attributes)
             shown |= {
                 f"{words} (given: {mode})": film_path(out / "films", mode, world, seed) for mode in way.modes
             }

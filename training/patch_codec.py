@@ -32,6 +32,13 @@ class PatchCodec:
         patches = _patches(video)
         return ((patches - self.mean.to(video)) @ self.project.to(video)).movedim(-1, 1)
 
+    @property
+    def pixel_metric(self) -> Tensor:
+        """[48, 48], by which errors of latents become as large as those of their pixels, up to a factor."""
+        pixels = torch.linalg.pinv(self.project.double())  # of each latent
+        variances, directions = torch.linalg.eigh(pixels @ pixels.T)
+        return ((directions * (variances / variances.mean()).sqrt()) @ directions.T).float()
+
     def save(self, path: Path) -> None:
         """Write the two tensors as safetensors."""
         write_tensors(path, {"mean": self.mean, "project": self.project})

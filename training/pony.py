@@ -27,14 +27,14 @@ from ..sampler.plan import room_on
 from .audio_vae import AudioVAEStage, finished
 from .data.clip import SIZE
 from .data.pool import Progress, VideoPool, training_clip_attributes
-from .data.world import new_shapes
+from .data.world import heads_in_hats
 from .dmd2 import Dmd2Settings, Dmd2Stage
 from .evaluate import film_path, prompts_for
 from .flow import FlowSettings, FlowStage, LossWeights, initialise
 from .generators import generator
 from .loop import Stage, progress_bar, train
 from .lora import LoraSettings
-from .lora_run import LoraJob, prepare_lora, train_lora
+from .lora_run import LoraJob, accelerator_on, prepare_lora, train_lora
 from .measure import measure_all, write_render
 from .patch_codec import PatchCodec, fit
 from .super_resolution import (
@@ -46,7 +46,7 @@ from .video_vae import WHOLE, VideoDecoderStage, VideoVAEStage
 from .world_data import WorldData, encode_clips
 
 CODEC = "codec.safetensors"
-ROUNDS = {"video_vae": 3, "video_decoder": 5}  # of so many steps, each with falling learning rates
+ROUNDS = {"video_vae": 3, "video_decoder": 7}  # of so many steps, each with falling learning rates
 
 LORA_BATCH, LORA_RATE = 4, 3e-3
 
@@ -56,7 +56,7 @@ class Recipe:
     """`runs` keeps the checkpoints; trained parts are written to `out`, laid out as the pack's own pony.
 
     `clips` are in memory while the video VAE is trained, of one size and of twice that; latents of
-    `latent_clips` train the transformers, `batch` films of each world in an update; the LoRA of a new shape
+    `latent_clips` train the transformers, `batch` films of each world in an update; the LoRA of a new thing
     sees `lora_clips` of it, and of what the base knows.
     """
 
@@ -67,13 +67,13 @@ class Recipe:
     steps: dict[str, int] = field(
         default_factory=lambda: {
             "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 150,
-            "super_resolution": 2000, "lora": 1500,
+            "super_resolution": 4500, "lora": 1500,
         }
     )  # fmt: skip
     clips: tuple[int, int] = (500, 80)
     codec_films: int = 300
     latent_clips: int = 4000
-    large_latent_clips: int = 800
+    large_latent_clips: int = 2400
     lora_clips: tuple[int, int] = (20, 32)
     batch: int = 16
     seed: int = 0
@@ -108,6 +108,7 @@ class Recipe:
         """What the video latents are to be."""
         path = self.runs / CODEC
         if not path.exists():
+            self.runs.mkdir(parents=True, exist_ok=True)
             random = Random("codec")
             films = (self.pool.crops(1, WHOLE, random) for _ in range(self.codec_films))
             fit(films, generator(self.seed, "codec")).save(path)
@@ -134,8 +135,10 @@ class Recipe:
 
     @property
     def lora(self) -> Path:
-        """The LoRA of a new shape, made for the base as it is now."""
-        return self.runs / f"lora-{_checksum(self.out / pony.FILES['base'])}" / "heart.safetensors"
+        """The LoRA of a new thing, made for the base as it is now by the settings of now."""
+        files = [_checksum(self.out / pony.FILES[part]) for part in ("base", "text_encoder")]
+        told = [*files, self.lora_clips, self.steps["lora"], LORA_BATCH, LORA_RATE, self.seed]
+        return self.runs / f"lora-{zlib.crc32(repr(told).encode()):08x}" / "hat.safetensors"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -145,7 +148,7 @@ class Recipe:
     @property
     def accelerator(self) -> Accelerator:
         """One that makes an update of a batch of each world."""
-        return Accelerator(cpu=self.device == "cpu", gradient_accumulation_steps=2)
+        return accelerator_on(torch.device(self.device), batches=2)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -262,6 +265,7 @@ def train_super_resolution(recipe: Recipe) -> None:
         recipe.accelerator,
         recipe.trained("text_encoder"),
         recipe.compiled,
+        recipe.codec.pixel_metric,
     )
     recipe.train("super_resolution", stage)
     stage.ema.copy_to(stage.networks)
@@ -271,10 +275,10 @@ def train_super_resolution(recipe: Recipe) -> None:
     recipe.write("1080p_sr", windowed)
 
 
-def train_new_shape(recipe: Recipe) -> None:
-    """A LoRA of a shape that the base has never seen, from a folder of clips such as users have.
+def train_new_thing(recipe: Recipe) -> None:
+    """A LoRA of a hat, which the base has never seen, from a folder of clips such as users have.
 
-    Clips of what it knows are among them, without which all shapes would become the new one.
+    Clips of what it knows are among them, without which all heads would get the new thing.
     """
     device, out = torch.device(recipe.device), recipe.lora
     if out.exists():
@@ -282,7 +286,7 @@ def train_new_shape(recipe: Recipe) -> None:
     clips = out.parent / "clips"
     clips.mkdir(parents=True, exist_ok=True)
     new, known = recipe.lora_clips
-    wanted = [*new_shapes()[:new], *map(training_clip_attributes, range(known))]
+    wanted = [*heads_in_hats()[:new], *map(training_clip_attributes, range(known))]
     prompts = prompts_for(wanted, "lora", clips)
     for prompt in prompts:
         path = film_path(clips, "text", "lora", prompt.seed)
@@ -315,6 +319,6 @@ STAGES: dict[str, Callable[[Recipe], None]] = {
     "base": train_base,
     "distill": train_distill,
     "super_resolution": train_super_resolution,
-    "lora": train_new_shape,
+    "lora": train_new_thing,
     "measure": measure_films,
 }

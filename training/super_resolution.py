@@ -24,7 +24,7 @@ from ..sampler.schedule import SHIFT
 from ..sampler.super_resolution import prepare
 from .dmd2 import text_states
 from .flow import FlowStage, Held, LossWeights, VelocityFunction, flow_loss, sample_sigmas
-from .generators import generator
+from .generators import checksum, generator
 from .world_data import WorldData
 
 
@@ -103,6 +103,7 @@ class SuperResolutionStage(FlowStage):
     """Trains a transformer to make large films of small ones; a `Stage` of `loop.train`.
 
     Arguments as of `FlowStage`, but that the text encoder, for data that gives tokens, stays as it is.
+    `metric` as of `flow_loss`: what errors of the latents count, such as that of their pixels.
     """
 
     def __init__(
@@ -114,22 +115,25 @@ class SuperResolutionStage(FlowStage):
         accelerator: Accelerator,
         text_encoder: TextEncoder | None = None,
         compiled: bool = False,
+        metric: Tensor | None = None,
     ) -> None:
         device = accelerator.device
         frozen = None if text_encoder is None else text_encoder.to(device).requires_grad_(False)
         negative = text_states(frozen, negative.to(device))
         super().__init__(transformer, data, negative, settings, accelerator, compiled=compiled)
         self.text_encoder = frozen
+        self.metric = None if metric is None else metric.to(device)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
         """The settings that a run must be continued with."""
-        return {**super().fingerprint, "stage": "super_resolution"}
+        metric = None if self.metric is None else checksum(self.metric)
+        return {**super().fingerprint, "stage": "super_resolution", "metric": metric}
 
     def _loss(self, index: int) -> tuple[Tensor, dict[str, float]]:
         pairs = self.data.batch(index)
         pairs = pairs._replace(text=text_states(self.text_encoder, pairs.text.to(self.negative.device)))
-        return drawn_pair_loss(self.module, pairs, self.negative, self.settings, index)
+        return drawn_pair_loss(self.module, pairs, self.negative, self.settings, index, self.metric)
 
 
 def drawn_pair_loss(
@@ -138,6 +142,7 @@ def drawn_pair_loss(
     negative: Tensor,
     settings: SuperResolutionSettings,
     index: int,
+    metric: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of batch number `index` under noise, levels and tasks drawn for that number and seed.
 
@@ -158,7 +163,8 @@ def drawn_pair_loss(
     small = small._replace(video=roughened(small.video, settings, draw))
     start = prepare(small, normal_like(Latents(large, small.audio), draw), *large.shape[-2:])
     held = Held(first_frame, torch.ones_like(first_frame))
-    return flow_loss(velocity_fn, Latents(large, start.audio), text, sigma, start, settings.weights, held)
+    clean = Latents(large, start.audio)
+    return flow_loss(velocity_fn, clean, text, sigma, start, settings.weights, held, metric)
 
 
 def roughened(video: Tensor, settings: SuperResolutionSettings, draw: torch.Generator) -> Tensor:

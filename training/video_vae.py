@@ -16,11 +16,12 @@ from ..model.config import LATENT_MEAN, LATENT_STD, VideoDecoderConfig, VideoVAE
 from ..model.video_decoder import VideoDecoder
 from ..model.video_vae import FrameCache, VideoVAE, patchify, run_causal, unpatchify
 from .data.pool import VideoPool
-from .generators import generator
+from .generators import checksum, generator
 from .optim import Ema, decayed, optimizers, scale_rates
 from .patch_codec import PatchCodec
 
 LATENT_NOISE = 0.05  # added in training: small changes of latents must be small changes of pictures
+ROUGH_ROUND, ROUGH_NOISE = 6, 0.4  # from this round on the light decoder sees noise of up to so much
 MUON_RATE, ADAM_RATE, EMA_DECAY = 0.012, 2e-3, 0.995
 WHOLE = 96  # pixels a side of a training clip
 # (how many, side) crops make a step until CROP_SHARE of the first round, and then
@@ -42,11 +43,16 @@ class _PictureStage:
         self.codec, self.pool, self.steps, self.seed, self.device = codec, pool, steps, seed, device
         self.optimizers = optimizers(module, MUON_RATE, ADAM_RATE)
         self.ema = Ema(module, EMA_DECAY)
-        self.fingerprint = {"part": part, **module.config.to_dict(), "steps": steps, "seed": seed}
+        self.fingerprint = {
+            "part": part, **module.config.to_dict(), "steps": steps, "seed": seed,
+            "codec": checksum(codec.mean, codec.project), "clips": len(pool.clips),
+        }  # fmt: skip
 
-    def _noised(self, latents: Tensor, step: int) -> Tensor:
-        noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", step))
-        return latents + LATENT_NOISE * noise.to(self.device)
+    def _noised(self, latents: Tensor, step: int, most: float | None = None) -> Tensor:
+        draw = generator(self.seed, "noise", step)
+        noise = torch.randn(latents.shape, generator=draw)
+        size = LATENT_NOISE if most is None else most * torch.rand(len(noise), 1, 1, 1, 1, generator=draw)
+        return latents + (size * noise).to(self.device)
 
     def _update(self, step: int) -> None:
         update(self.module, self.optimizers, self.ema, round_rate(step, self.steps))
@@ -109,7 +115,10 @@ class VideoVAEStage(_PictureStage):
 
 
 class VideoDecoderStage(_PictureStage):
-    """Trains the light decoder on the latents of `codec`, in rounds of `steps`; see training/loop.py."""
+    """Trains the light decoder on the latents of `codec`, in rounds of `steps`; see training/loop.py.
+
+    In the last rounds they are rough, as those of films that a transformer made.
+    """
 
     def __init__(
         self,
@@ -127,7 +136,8 @@ class VideoDecoderStage(_PictureStage):
     def step(self, step: int) -> dict[str, float]:
         """Decode the latents of crops, and follow the gradient."""
         video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
-        latents = self._noised(self.codec.encode(video), step)
+        rough = ROUGH_NOISE if step >= ROUGH_ROUND * self.steps else None
+        latents = self._noised(self.codec.encode(video), step, rough)
         loss, psnr = picture_loss(self.decode(latents), video)
         loss.backward()
         self._update(step)

@@ -157,6 +157,24 @@ def test_what_is_held_has_no_loss_and_the_first_frame_its_own_weight() -> None:
     assert weighted["loss"] == pytest.approx(2 * weighted["video_loss"] + 0.5 * weighted["audio_loss"], 1e-5)
 
 
+def test_a_metric_weighs_the_channels_of_the_error() -> None:
+    draw = generator(0, "metric")
+    clean, noise, errors = random_latents(draw), random_latents(draw), random_latents(draw)
+    velocity, sigma = noise.map(lambda e, x, error: e - x + error, clean, errors), torch.tensor([0.5, 0.5])
+
+    def video_loss(metric: Tensor | None) -> float:
+        figures = flow_loss(
+            lambda *_: velocity, clean, torch.zeros(2, 5, 12), sigma, noise, LossWeights(), metric=metric
+        )[1]
+        return figures["video_loss"]
+
+    scales = torch.arange(1.0, 1.0 + errors.video.shape[1])
+    by_channel = errors.video.square().mean(dim=(0, 2, 3, 4))
+    assert video_loss(torch.eye(len(scales))) == pytest.approx(video_loss(None), rel=1e-5)
+    expected = (by_channel * scales.square()).mean().item()
+    assert video_loss(scales.diag()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_every_weight_of_both_networks_gets_a_gradient() -> None:
     networks = FlowNetworks(transformer(), text_encoder())
     batch = Random().batch(0)

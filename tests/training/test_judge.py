@@ -16,7 +16,7 @@ from happyhorse.training.data.judge import (
     sync_f1,
 )
 from happyhorse.training.data.sound import SAMPLE_RATE
-from happyhorse.training.data.world import BACKGROUNDS, COLORS, Bounce, held_out
+from happyhorse.training.data.world import BACKGROUNDS, COLORS, Bounce, heads_in_hats, held_out
 
 COUNT = 40
 JUDGES = {"bounce": judge_bounce, "head": judge_head}
@@ -104,7 +104,7 @@ def test_grey_and_silent_films_score_at_chance(world: str, clips: dict[str, list
     some = clips[world]
     grey, silence = np.full_like(some[0].frames, 128), np.zeros_like(some[0].sound)
     found = figures(some, [JUDGES[world](grey, silence, SAMPLE_RATE)] * len(some))
-    chance = {"background": 1 / 4, "hair": 1 / 4, "shirt": 1 / 4}  # for the rest there is nothing to judge
+    chance = {"background": 1 / 4, "hair": 1 / 4, "shirt": 1 / 4, "hat": 1}  # else there is nothing to judge
     assert all(value <= chance.get(name, 0) + 0.12 for name, value in found.items()), found
 
 
@@ -118,6 +118,12 @@ def test_a_shape_on_a_still_film_does_not_bounce(clips: dict[str, list[Clip]]) -
 def test_a_new_shape_is_recognised_in_every_colour() -> None:
     for colour, background in zip(COLORS, cycle(BACKGROUNDS), strict=False):
         clip = make_clip(Bounce("heart", colour, background, "fast", "low"), 0)
+        assert min(compare(clip.attributes, verdict_of(clip)).values()) > 0.95
+
+
+def test_a_hat_is_recognised_on_every_head_and_hides_nothing_that_is_judged() -> None:
+    for seed, attributes in enumerate(heads_in_hats()[:COUNT]):
+        clip = make_clip(attributes, seed)
         assert min(compare(clip.attributes, verdict_of(clip)).values()) > 0.95
 
 

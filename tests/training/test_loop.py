@@ -251,6 +251,23 @@ def test_more_steps_are_trained_on_where_the_fingerprint_does_not_name_them(
     assert train(SmallStage(), tmp_path / "parts", STEPS, title=TITLE) == whole[1]
 
 
+def test_a_run_that_has_more_steps_than_asked_for_is_refused(tmp_path: Path) -> None:
+    train(SmallStage(), tmp_path, 6, title=TITLE)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt has 6 steps, only 3 are asked for"):
+        train(SmallStage(), tmp_path, 3, title=TITLE)
+
+
+def test_what_a_device_did_wrong_is_no_matter_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(SmallStage(), tmp_path, 1, title=TITLE)
+
+
 @pytest.mark.parametrize("kind", ["cut", "empty", "text", "tensor", "other", "code"])
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, kind: str) -> None:
     interrupted_at(2, tmp_path)

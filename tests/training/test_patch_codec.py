@@ -51,3 +51,11 @@ def test_the_first_frame_counts_as_four(tmp_path: Path) -> None:
     codec.save(tmp_path / "codec.safetensors")
     again = PatchCodec.from_file(tmp_path / "codec.safetensors")
     assert torch.equal(again.encode(picture), codec.encode(picture))
+
+
+def test_the_metric_gives_errors_of_latents_the_size_of_those_of_pixels() -> None:
+    project, errors = torch.randn(3072, 48, generator=generator(0, "codec")), torch.randn(5, 48)
+    codec = PatchCodec(torch.zeros(3072), project / 3072**0.5 * torch.linspace(1, 4, 48))
+    pixels = (errors @ torch.linalg.pinv(codec.project)).norm(dim=1)
+    ratios = (errors @ codec.pixel_metric.T).norm(dim=1) / pixels
+    torch.testing.assert_close(ratios, ratios[:1].expand(5), rtol=1e-4, atol=0)

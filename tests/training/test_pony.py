@@ -57,12 +57,12 @@ def test_the_trained_pony_is_measured(recipe: Recipe, monkeypatch: pytest.Monkey
         assert {"figures.json", "figures.md", "films.png"} <= {path.name for path in (folder / way).iterdir()}
     found = json.loads((folder / "summary.json").read_text())
     assert {*measure.WAYS, "LoRA", "super-resolution", "ceiling"} <= set(found)
-    assert all("shape" in found[way]["new shape"]["bounce"] for way in ("LoRA", "distill"))
+    assert all("hat" in found[way]["new thing"]["head"] for way in ("LoRA", "distill"))
 
 
-def test_the_new_shape_is_learnt_from_clips_of_it(recipe: Recipe) -> None:
+def test_the_new_thing_is_learnt_from_clips_of_it(recipe: Recipe) -> None:
     captions = [path.read_text() for path in sorted((recipe.lora.parent / "clips").glob("*.txt"))]
-    assert [" heart bounces " in text for text in captions] == [True] * 4 + [False] * 4
+    assert [" in a top hat " in text for text in captions] == [True] * 4 + [False] * 4
     before = recipe.lora.read_bytes()
     assert open_lora(recipe.lora).adapters
     recipe.run(["lora"])  # it is done

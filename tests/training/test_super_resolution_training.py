@@ -209,6 +209,21 @@ def test_a_run_of_other_settings_or_on_other_data_is_refused(
         train(stage(settings), tmp_path, 1, title="run")
 
 
+def test_the_text_encoder_and_the_metric_are_of_a_runs_settings() -> None:
+    settings, other = SuperResolutionSettings(steps=1), text_encoder()
+    with torch.no_grad():
+        other.embed_tokens.weight[3] += 1
+    made = [
+        SuperResolutionStage(
+            transformer(), Random(), NEGATIVE, settings, Accelerator(cpu=True), encoder, metric=metric
+        ).fingerprint
+        for encoder, metric in (
+            (text_encoder(), None), (text_encoder(), None), (other, None), (text_encoder(), torch.eye(4)),
+        )
+    ]  # fmt: skip
+    assert made[0] == made[1] != made[2] != made[3] != made[0]
+
+
 def colours(video: Tensor) -> Tensor:
     """Stands for a VAE: [1, 3, 49, H, W] -> [1, 3, 13, H/16, W/16]."""
     return F.avg_pool3d(video, (1, 16, 16))[:, :, ::4]

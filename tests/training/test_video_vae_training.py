@@ -16,6 +16,9 @@ from happyhorse.training.generators import generator
 from happyhorse.training.loop import train
 from happyhorse.training.patch_codec import PatchCodec, fit
 from happyhorse.training.video_vae import (
+    LATENT_NOISE,
+    ROUGH_NOISE,
+    ROUGH_ROUND,
     VideoDecoderStage,
     VideoVAEStage,
     decode_film,
@@ -105,6 +108,21 @@ def test_a_share_of_the_crops_is_of_clips_of_twice_the_size() -> None:
     few = pool.crops(200, 16, Random(0), double=0.5).amax(dim=(1, 2, 3, 4)).add(1).mean() / 2
     assert 0.6 < few < 0.9  # half, and half of the others
     assert (VideoPool(1, 0).crops(1, 16, Random(0), double=1.0).shape) == (1, 3, 49, 16, 16)
+
+
+def test_the_light_decoder_sees_rough_latents_in_the_last_rounds(
+    pool: VideoPool, codec: PatchCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, seen = _stage("video_decoder", pool, codec, steps=1), []
+    decode = stage.decode
+    monkeypatch.setattr(stage, "decode", lambda latents: seen.append(latents) or decode(latents))
+    monkeypatch.setattr(codec.__class__, "encode", lambda _self, video: torch.zeros(len(video), 48, 13, 2, 2))
+    for step in (ROUGH_ROUND - 1, ROUGH_ROUND, ROUGH_ROUND + 1):
+        stage.step(step)
+    sizes = [[film.std().item() for film in films] for films in seen]
+    assert all(size == pytest.approx(LATENT_NOISE, rel=0.1) for size in sizes[0])
+    rough = [size for films in sizes[1:] for size in films]
+    assert len(set(rough)) == len(rough) and max(rough) < 1.1 * ROUGH_NOISE and max(rough) > 2 * LATENT_NOISE
 
 
 @pytest.mark.parametrize("part", ["video_vae", "video_decoder"])

@@ -8,7 +8,9 @@ from happyhorse.training.data.clip import PERIODS, SYLLABLES, make_clip
 from happyhorse.training.data.sound import SAMPLES_PER_LATENT
 from happyhorse.training.data.world import (
     GREETINGS,
+    HAT,
     NEW_SHAPES,
+    NO_HAT,
     WORLDS,
     Bounce,
     Head,
@@ -40,7 +42,16 @@ def test_training_draws_both_worlds_and_nothing_that_is_held_out() -> None:
     drawn = [training_attributes(random) for _ in range(2000)]
     assert not any(map(is_held_out, drawn))
     assert not any(isinstance(one, Bounce) and one.shape in NEW_SHAPES for one in drawn)
+    assert not any(isinstance(one, Head) and one.hat != NO_HAT for one in drawn)
     assert 0.45 < sum(isinstance(one, Head) for one in drawn) / len(drawn) < 0.55
+
+
+def test_a_hat_changes_nothing_but_what_is_drawn_of_it() -> None:
+    hatless, wearing = make_clip(TALKER, 0), make_clip(replace(TALKER, hat=HAT), 0)
+    assert np.array_equal(hatless.sound, wearing.sound)
+    changed = (hatless.frames != wearing.frames).any(axis=(0, 3))
+    assert changed.any() and not changed[20:].any()  # above the eyes
+    assert caption(replace(TALKER, hat=HAT)) == caption(TALKER).replace("A head", "A head in a top hat")
 
 
 @pytest.mark.parametrize("world", WORLDS)

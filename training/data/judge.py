@@ -15,7 +15,9 @@ import numpy as np
 from ...model.geometry import FPS
 from .clip import PERIODS, SYLLABLES
 from .render import (
+    CROWN,
     FLOOR,
+    HAT_COLOR,
     LIPS,
     MOUTH,
     MOUTH_CENTRE,
@@ -26,7 +28,7 @@ from .render import (
     shape_distance,
 )
 from .sound import NOTES, VOICES
-from .world import BACKGROUNDS, COLORS, HAIR, NEW_SHAPES, SHAPES, SHIRTS, Attributes, Color
+from .world import BACKGROUNDS, COLORS, HAIR, HAT, NEW_SHAPES, NO_HAT, SHAPES, SHIRTS, Attributes, Color
 
 NONE = "none"
 TOLERANCE = 2  # frames between a bounce and its note
@@ -34,6 +36,7 @@ _COLUMN = 0.32  # half width of the column in which a shape bounces
 _CONTRAST = 30  # of 255: less is no shape
 _MOVED = 0.1  # shorter sides: less is no bouncing
 _SILENCE = 1e-3  # root mean square
+_ABOVE_EYES = {**BACKGROUNDS, **HAIR, HAT: HAT_COLOR}  # what is seen where a hat would be
 _VIEW, _VIEW_POINTS = 0.30, 64  # half size and points per side of the window in which shapes are compared
 
 
@@ -61,6 +64,7 @@ class HeadVerdict:
     background: str
     voice: str
     speed: str
+    hat: str
     mouth_correlation: float
     opening: np.ndarray
     loudness: np.ndarray
@@ -99,6 +103,7 @@ def judge_head(frames: np.ndarray, sound: np.ndarray, sample_rate: int) -> HeadV
     x, y, pixel = grid((frames.shape[2], frames.shape[1]))
     hair = (ellipse(x, y + 0.10, 0.26, 0.29) < 0) & (y < -0.19)
     shirt = (ellipse(x, y - 0.56, 0.36, 0.24) < 0) & (y > 0.37) & (y < 0.5)
+    crown = (np.abs(x) < CROWN[0] - 0.03) & (y > CROWN[1] + 0.03) & (y < CROWN[2] - 0.03)
     opening = _mouth_opening(frames, x, y, pixel)
     loudness = frame_loudness(sound, sample_rate, len(frames))
     return HeadVerdict(
@@ -107,6 +112,7 @@ def judge_head(frames: np.ndarray, sound: np.ndarray, sample_rate: int) -> HeadV
         background=_nearest(_median(frames, (np.abs(x) > 0.34) & (y < 0.2)), BACKGROUNDS),
         voice=_voice(sound, sample_rate),
         speed=_speaking_speed(opening),
+        hat=HAT if _nearest(_median(frames, crown), _ABOVE_EYES) == HAT else NO_HAT,
         mouth_correlation=mouth_correlation(opening, loudness),
         opening=opening,
         loudness=loudness,

@@ -6,11 +6,13 @@ is negative inside a shape; its edge is one pixel soft.
 
 import numpy as np
 
-from .world import BACKGROUNDS, COLORS, HAIR, SHIRTS, Bounce, Color, Head
+from .world import BACKGROUNDS, COLORS, HAIR, NO_HAT, SHIRTS, Bounce, Color, Head
 
 FLOOR = 0.40  # y of the floor's edge
 HEIGHT = 0.38  # that a shape rises
 SKIN, LIPS, MOUTH, EYES = (236, 188, 148), (200, 84, 84), (104, 8, 24), (24, 24, 32)
+HAT_COLOR = COLORS["purple"]
+CROWN, BRIM = (0.22, -0.49, -0.32), (0.36, -0.36, -0.30)  # of a hat: half width, top, bottom
 MOUTH_CENTRE, MOUTH_WIDTH, MOUTH_OPEN = (0.0, 0.10), 0.12, 0.09  # half sizes
 
 _POLYGONS = {
@@ -76,6 +78,11 @@ def draw_head(attributes: Head, opening: np.ndarray, blinks: np.ndarray, size: t
     _paint(still, np.maximum(np.abs(x) - 0.08, np.abs(y - 0.26) - 0.08), _darker(SKIN), pixel)
     _paint(still, ellipse(x, y + 0.10, 0.29, 0.32), hair, pixel)
     _paint(still, np.maximum(ellipse(x, y, 0.24, 0.30), -0.16 - y), SKIN, pixel)
+    if attributes.hat != NO_HAT:
+        for half_width, top, bottom in (CROWN, BRIM):
+            _paint(
+                still, np.maximum(np.abs(x) - half_width, np.maximum(top - y, y - bottom)), HAT_COLOR, pixel
+            )
     frames = []
     for open_by, closed in zip(opening, blinks, strict=True):
         picture = still.copy()

@@ -8,13 +8,14 @@ out of training, chosen by a hash of the attributes.
 import itertools
 import zlib
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from random import Random
 
 from ...model.structured_prompt import DialogueLine, build_prompt
 
 SHAPES = ("circle", "square", "triangle", "star")
-NEW_SHAPES = ("heart",)  # never in the training data: what a LoRA is trained to add
+NEW_SHAPES = ("heart",)  # never in the training data; a judge may take a bad shape for one
+NO_HAT, HAT = "none", "top hat"  # no head of the training data has one: what a LoRA is trained to add
 SPEEDS = ("slow", "fast")
 PITCHES = ("low", "middle", "high")
 VOICES = ("low", "high")
@@ -82,6 +83,7 @@ class Head:
     voice: str
     speed: str
     language: str
+    hat: str = field(default=NO_HAT, repr=False)  # what is drawn from a clip's seed is the same without it
 
 
 Attributes = Bounce | Head
@@ -99,8 +101,9 @@ def combinations(world: str) -> Iterator[Attributes]:
 
 
 def is_held_out(attributes: Attributes) -> bool:
-    """Whether a combination is kept out of training; a head's language does not count, nor do new shapes."""
-    words = [getattr(attributes, field.name) for field in fields(attributes) if field.name != "language"]
+    """Whether a combination is kept out of training; a head's language and hat do not count."""
+    names = [field.name for field in fields(attributes) if field.name not in ("language", "hat")]
+    words = [getattr(attributes, name) for name in names]
     return zlib.crc32("|".join(words).encode()) % 100 < HELD_OUT_PERCENT
 
 
@@ -124,11 +127,17 @@ def held_out(world: str, count: int, seed: int = 0) -> list[Attributes]:
     return Random(seed).sample(found, count)
 
 
-def new_shapes(seed: int = 0) -> list[Attributes]:
-    """All combinations of a shape that is in no training data, in an order drawn from `seed`."""
-    values = _VALUES[Bounce][1:]
-    found = [Bounce(shape, *rest) for shape in NEW_SHAPES for rest in itertools.product(*values)]
-    return Random(seed).sample(found, len(found))
+def heads_in_hats(seed: int = 0) -> list[Attributes]:
+    """The heads that training may see, but in hats, in an order drawn from `seed`.
+
+    Each stands for all heads that differ from it in language alone.
+    """
+    random, found = Random(seed), []
+    for values in itertools.product(*_VALUES[Head][:-1]):
+        head = Head(*values, random.choice(list(GREETINGS)), hat=HAT)
+        if not is_held_out(head):
+            found.append(head)
+    return random.sample(found, len(found))
 
 
 def body(attributes: Attributes) -> str:
@@ -137,8 +146,9 @@ def body(attributes: Attributes) -> str:
         shape, colour, background, speed, _ = astuple(attributes)
         return f"A {colour} {shape} bounces {speed} on a {background} background."
     words = GREETINGS[attributes.language]
+    hat = f"in a {attributes.hat} " if attributes.hat != NO_HAT else ""
     return (
-        f"A head with {attributes.hair} hair and a {attributes.shirt} shirt talks {attributes.speed} "
+        f"A head {hat}with {attributes.hair} hair and a {attributes.shirt} shirt talks {attributes.speed} "
         f'in a {attributes.voice} voice on a {attributes.background} background: "{words}".'
     )
 

@@ -41,7 +41,7 @@ def _inspect(options: argparse.Namespace, progress: Progress) -> str:  # noqa: A
         try:
             fit = describe_match(match(lora, config, transformer_shapes(config)), config)
         except ValueError as error:
-            failures.append(sentence(error))
+            failures.append(f"{sentence(error)}, or give the preset that it was made for (--preset)")
             fit = "does not fit"
         told.append(f"{described}\n{options.preset}: {fit}\n{header}")
     report = "\n\n".join(told)

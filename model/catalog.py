@@ -46,6 +46,11 @@ def find(part: str, folder: Path) -> Path:
     for pattern in source.patterns:
         if found := sorted(folder.glob(pattern)):
             return found[0]
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder} to look for the {part.replace('_', ' ')} in; give the folder of "
+            "the models, or try the pony, which needs no files (--preset pony)"
+        )
     raise FileNotFoundError(
         f"no {part.replace('_', ' ')} in {folder} (looked for {', '.join(source.patterns)}); "
         f"get it from {source.origin}, or name the file itself"

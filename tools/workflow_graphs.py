@@ -457,8 +457,9 @@ ALL = [
     Workflow(
         super_resolution_540p,
         "Super-resolution, 540p",
-        "A film with sound, made at 448x256 and enlarged to 896x512 before it is decoded.",
-        "The sound stays as it is.",
+        "A film with sound, enlarged to twice its width and height before it is decoded.",
+        "448x256 pixels become 896x512; the sound stays as it is.",
+        pony_words=PONY_TALK,
     ),
     Workflow(
         super_resolution_1080p,
@@ -475,7 +476,9 @@ ALL = [
         "Sampler*: the same seed gives another film.",
     ),
 ]
-PONIES = ("text_to_film", "image_to_film", "audio_to_film", "image_and_audio_to_film")
+PONIES = (
+    "text_to_film", "image_to_film", "audio_to_film", "image_and_audio_to_film", "super_resolution_540p",
+)  # fmt: skip
 
 # The note
 

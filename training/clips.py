@@ -292,8 +292,8 @@ def prepare_clips(
     ]
     vaes = [names["video_vae"], names["audio_vae"]]
     latents = [cache / f"clip-{_digest([_content(clip.path), size, vaes])}.safetensors" for clip in clips]
+    _encode_clips(clips, latents, shape, encoders, device, progress)  # first, as what is wrong is wrong here
     _encode_texts(clips, negative, texts, encoders, progress)
-    _encode_clips(clips, latents, shape, encoders, device, progress)
     lengths = tuple(open_weights(path).tensors["text"].shape[1] for path in texts[:-1])
     batches = sum(-(-lengths.count(length) // batch_size) for length in set(lengths))
     if batches > -(-len(clips) // batch_size):

@@ -93,7 +93,7 @@ def train(
         if not run.picture.exists():
             run.draw()
     if interrupted.is_set():  # while the end was saved
-        raise KeyboardInterrupt(f"{title} is done and saved")
+        raise KeyboardInterrupt(f"all steps of {title} are done and saved")
     return run.figures
 
 

@@ -230,13 +230,13 @@ def test_batches_are_what_the_networks_make_of_the_clips(tmp_path: Path, encoder
 def test_only_what_is_new_is_encoded(tmp_path: Path, encoders: Encoders) -> None:
     folder = write_folder(tmp_path / "clips", {"a": "a red circle", "b": "a blue square"})
     first, told = prepared(folder, encoders)
-    assert told[-1] == ("clips", 2, 2) and ("captions", 3, 3) in told
+    assert ("clips", 2, 2) in told and told[-1] == ("captions", 3, 3)
     again, told = prepared(folder, encoders)
     assert told == [] and again.fingerprint == first.fingerprint
     (folder / "a.txt").write_text("a red circle bounces", encoding="utf-8")
     write_clip(folder / "b.mp4", seed=5)
     changed, told = prepared(folder, encoders)
-    assert told == [("captions", 0, 1), ("captions", 1, 1), ("clips", 0, 1), ("clips", 1, 1)]
+    assert told == [("clips", 0, 1), ("clips", 1, 1), ("captions", 0, 1), ("captions", 1, 1)]
     assert changed.fingerprint != first.fingerprint
     assert changed.latents[0] == first.latents[0] and changed.texts[1] == first.texts[1]
 

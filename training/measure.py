@@ -147,7 +147,7 @@ def measure(
     shown = {}
     for world in JUDGES:
         for seed, attributes in enumerate(held_out(world, count)[:SHOWN]):
-            words = body(attributes)
+            words = body(attributes).partition(":")[0]  # not what is said: its letters may be in no font
             shown |= {
                 f"{words} (given: {mode})": film_path(out / "films", mode, world, seed) for mode in way.modes
             }

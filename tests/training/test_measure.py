@@ -110,5 +110,5 @@ def test_super_resolution_stands_beside_plain_resizing(pony_folder: Path) -> Non
     assert set(found) == set(LOOKS)
     for figures in found.values():
         assert set(figures) == {"super-resolution", "bicubic", "bicubic, true film", "ceiling"}
-        assert figures["super-resolution"] < figures["ceiling"] and figures["bicubic, true film"] > 30
-    assert found["head"]["bicubic"] + 0.5 < found["head"]["super-resolution"]
+        assert figures["bicubic"] < figures["ceiling"] and figures["bicubic, true film"] > 30
+    assert found["head"]["bicubic"] + 1 < found["head"]["super-resolution"]

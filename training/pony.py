@@ -48,7 +48,7 @@ from .world_data import WorldData, encode_clips
 CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 3, "video_decoder": 7}  # of so many steps, each with falling learning rates
 
-LORA_BATCH, LORA_RATE = 4, 3e-3
+LORA_BATCH, LORA_RATE = 4, 2e-3
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Recipe:
     steps: dict[str, int] = field(
         default_factory=lambda: {
             "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 150,
-            "super_resolution": 5000, "lora": 1500,
+            "super_resolution": 5000, "lora": 400,
         }
     )  # fmt: skip
     clips: tuple[int, int] = (500, 80)

@@ -67,7 +67,7 @@ class Recipe:
     steps: dict[str, int] = field(
         default_factory=lambda: {
             "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 150,
-            "super_resolution": 5000, "lora": 400,
+            "super_resolution": 5000, "lora": 700,
         }
     )  # fmt: skip
     clips: tuple[int, int] = (500, 80)

@@ -34,7 +34,7 @@ from .model.geometry import (
 )
 from .model.lora import LoraPatch, bytes_at_use, patches
 from .model.lora_formats import open_lora
-from .model.weight_files import write_tensors
+from .model.stream_writer import write_tensors
 from .options import compute_dtype, default_device, models_folder, parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
 from .sampler.pipeline import FilmRequest, generate, with_sound, with_steps_down, write_film

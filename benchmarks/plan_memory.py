@@ -44,7 +44,7 @@ def write_checkpoints(folder: Path) -> None:
     from happyhorse.model.config import MAGIHUMAN, PONY
     from happyhorse.model.transformer import JointTransformer
     from happyhorse.model.video_decoder import VideoDecoder
-    from happyhorse.pony import random_weight, write_pony
+    from happyhorse.pony import write_pony
 
     write_pony(folder)
     config = replace(
@@ -62,7 +62,8 @@ def write_checkpoints(folder: Path) -> None:
     ):
         # in neither of the dtypes that are tried: weights that need no cast stay in the mapped file
         state = {
-            own: random_weight(own, tensor, generator).half() for own, tensor in module.state_dict().items()
+            own: (0.03 * torch.randn(tensor.shape, generator=generator)).half()
+            for own, tensor in module.state_dict().items()
         }
         header = {"config": json.dumps(module.config.to_dict()), "variant": "distill"}
         save_file(state, folder / name / "model.safetensors", header)

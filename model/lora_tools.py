@@ -13,8 +13,7 @@ from .config import TransformerConfig
 from .convert import FAMILY
 from .lora import Match, Place, Rows, Strengths, match, patches, rows_of, transformer_shapes
 from .lora_formats import LOHA, WORDS, Adapter, LoraFile
-from .stream_writer import DTYPE_NAMES, Entry, SafetensorsWriter
-from .weight_files import write_tensors
+from .stream_writer import DTYPE_NAMES, Entry, SafetensorsWriter, write_tensors
 
 Progress = Callable[[int, int], None]
 STOCK_PREFIX = "diffusion_model."

@@ -227,6 +227,16 @@ class SafetensorsWriter(StreamWriter):
         super().__init__(path, header, placed, len(header) + offset)
 
 
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file of tensors that are all there; errors as of `StreamWriter`."""
+    entries = [(name, DTYPE_NAMES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()]
+    with SafetensorsWriter(path, entries, metadata) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+
+
 class GgufStreamWriter(StreamWriter):
     """Writes a GGUF file; `entries` are (name, type such as "Q8_0" or "F32", shape).
 

@@ -5,7 +5,6 @@ Opening one reads names, shapes and metadata only; tensors are read one by one.
 
 import json
 import pickle
-import uuid
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
@@ -209,17 +207,3 @@ def _flatten(value: Any, path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path} holds no dictionary of tensors; give {ACCEPTED}")
     return tensors
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, all at once or not at all; raises OSError naming `path` where that fails."""
-    work = path.with_name(f".{path.stem[:64]}.{uuid.uuid4().hex}.part")
-    try:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        work.write_bytes(save(contiguous, metadata))
-        work.replace(path)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise OSError(error.errno, f"the tensors could not be written: {reason}", str(path)) from error
-    finally:
-        work.unlink(missing_ok=True)

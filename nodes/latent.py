@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..model.config import MAGIHUMAN
 from ..model.geometry import FILM_RATE, FPS, LONG_SECONDS, MAX_SECONDS, MIN_SECONDS, SIZE_STEP, FilmShape
-from ..model.weight_files import write_tensors
+from ..model.stream_writer import write_tensors
 from ..sampler.noise import FilmNoise
 from ..sampler.pipeline import AUDIO_MODES, film_sound
 from .inputs import Audio, check_sound, encode_film, encode_first_frame, encode_sound, film_frames, one_sound

@@ -11,13 +11,13 @@ import zlib
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..model.audio_vae import AudioVAE, published_config
 from ..model.checkpoint import storage_dtype
 from ..model.config import PONY, VARIANTS
 from ..model.geometry import FILM_RATE
-from ..model.stream_writer import DTYPE_NAMES, SafetensorsWriter
+from ..model.stream_writer import write_tensors
 from ..model.text_encoder import TextEncoder
 from ..model.tiny_tokenizer import tiny_tokenizer
 from ..model.transformer import JointTransformer
@@ -113,10 +113,7 @@ def write_part(folder: Path, name: str, module: nn.Module, note: str) -> None:
         header["variant"] = name
     path = folder / FILES[name]
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = [(key, DTYPE_NAMES[tensor.dtype], tensor.shape) for key, tensor in state.items()]
-    with SafetensorsWriter(path, entries, header) as file:
-        for key, tensor in state.items():
-            file.write(key, tensor)
+    write_tensors(path, state, header)
     _write_companion(folder, name)
 
 
@@ -129,19 +126,3 @@ def _write_companion(folder: Path, name: str) -> None:
         pretransform = {"type": "autoencoder", "config": published_config(PONY.audio_vae)}
         published = {"sample_rate": FILM_RATE, "model": {"pretransform": pretransform}}
         (path / "model_config.json").write_text(json.dumps(published), encoding="utf-8")
-
-
-def random_weight(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A value for a parameter that keeps activations near unit size, chosen by its name and shape."""
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf == "bands":
-        return tensor.clone()
-    if leaf == "gamma":
-        return torch.ones_like(tensor)
-    if leaf == "weight_g":
-        return torch.full_like(tensor, 0.6)
-    if tensor.ndim < 2:  # biases, gains stored as an offset from 1, logarithms
-        return torch.zeros_like(tensor)
-    if "embed_tokens" in name:
-        return torch.randn(tensor.shape, generator=generator)
-    return torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5

@@ -27,7 +27,8 @@ from ..model.geometry import FPS, FilmShape
 from ..model.packing import Latents
 from ..model.prompt import Tokenizer, encode_prompt
 from ..model.run_block import RunBlock
-from ..model.weight_files import open_weights, write_tensors
+from ..model.stream_writer import write_tensors
+from ..model.weight_files import open_weights
 from ..sampler.parts import Parts, Progress, default_vae_dtype, part_dtype
 from ..sampler.placement import Placement
 from .flow import Batch

@@ -113,7 +113,7 @@ class _Run:
             self._resume()
         self.logged = len(self.figures)
         lines = "".join(f"{json.dumps(figures)}\n" for figures in self.figures)
-        _write(self.log, lambda file: file.write_text(lines, encoding="utf-8"), elsewhere)
+        write_whole(self.log, lambda file: file.write_text(lines, encoding="utf-8"), elsewhere)
 
     def _resume(self) -> None:
         state = _read(self.checkpoint, self.elsewhere)
@@ -143,7 +143,7 @@ class _Run:
         self.logged = len(self.figures)
         state = {"done": self.done, "fingerprint": self.fingerprint, "stage": self.stage.state_dict()}
         _check_plain(state, "state")
-        _write(self.checkpoint, lambda file: torch.save(state, file), self.elsewhere)
+        write_whole(self.checkpoint, lambda file: torch.save(state, file), self.elsewhere)
         self.draw()
 
     def draw(self) -> None:
@@ -156,7 +156,7 @@ class _Run:
         if series:
             positive = all(value > 0 for points in series.values() for _, value in points)
             image = line_plot(series, self.title, log_y=positive)
-            _write(self.picture, lambda file: image.save(file, "png"), self.elsewhere)
+            write_whole(self.picture, lambda file: image.save(file, "png"), self.elsewhere)
 
 
 @contextlib.contextmanager
@@ -203,8 +203,11 @@ def _interrupt_between_steps() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _write(path: Path, write: Callable[[Path], object], elsewhere: str) -> None:
-    """Let `write` make a file, which then takes the place of `path` at once."""
+def write_whole(path: Path, write: Callable[[Path], object], elsewhere: str) -> None:
+    """Let `write` make a file, which then takes the place of `path` at once.
+
+    Raises OSError where that fails, which advises giving `elsewhere`, such as "another folder".
+    """
     temporary = path.with_name(f".{path.name}.part")
     try:
         with _naming(path, elsewhere):

@@ -15,7 +15,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..model.weight_files import write_tensors
+from ..model.stream_writer import write_tensors
 
 FRAMES, SIDE, CHANNELS = 4, 16, 48
 

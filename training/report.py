@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..model.geometry import FILM_RATE
 from .evaluate import CHANCE, LOOKS, SHUFFLED, Figures, read_film
+from .loop import write_whole
 
 NETWORKS = "networks"  # in the place of a mode: how near films that went through the VAEs are
 
@@ -65,12 +67,7 @@ def summary(found: Mapping[str, Figures]) -> str:
 def _write(path: Path, values: object, text: str) -> None:
     texts = {path.with_suffix(".json"): json.dumps(values, indent=1) + "\n", path.with_suffix(".md"): text}
     for name, content in texts.items():
-        temporary = name.with_name(f".{name.name}.part")
-        try:
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(name, partial(Path.write_text, data=content, encoding="utf-8"), "another folder")
 
 
 def contact_sheet(films: Mapping[str, Path], columns: int = 8, height: int = 96) -> Image.Image:

@@ -27,6 +27,7 @@ WHOLE = 96  # pixels a side of a training clip
 # (how many, side) crops make a step until CROP_SHARE of the first round, and then
 EARLY_CROPS, LATE_CROPS, CROP_SHARE = (2, 48), (2, 64), 0.6
 DOUBLE_ROUND, DOUBLE_SHARE = 3, 0.5  # from this round on, so many crops are of clips of twice the size
+BUSY_ROUND, BUSY_TRIES = 7, 4  # from this round on, every other crop is the busiest of so many
 MOTION_WEIGHT, FIRST_FRAME_WEIGHT, EDGE_WEIGHT = 4.0, 2.0, 0.5
 ENCODER_EVERY, OWN_LATENTS = 3, 0.7  # steps; share of the first round before the decoder sees its encoder
 
@@ -153,7 +154,8 @@ class VideoDecoderStage(_PictureStage):
 def _crops(pool: VideoPool, step: int, steps: int, seed: int) -> Tensor:
     kind = EARLY_CROPS if step < CROP_SHARE * steps else LATE_CROPS
     double = DOUBLE_SHARE if step >= DOUBLE_ROUND * steps else 0.0
-    return pool.crops(*kind, Random(f"{seed} crops {step}"), double)
+    tries = BUSY_TRIES if step >= BUSY_ROUND * steps else 1
+    return pool.crops(*kind, Random(f"{seed} crops {step}"), double, tries)
 
 
 def round_rate(step: int, steps: int) -> float:

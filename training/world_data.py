@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..model.packing import Latents
 from ..model.prompt import Tokenizer
-from ..model.weight_files import write_tensors
+from ..model.stream_writer import write_tensors
 from .data.clip import SIZE
 from .data.pool import Progress, to_video, training_clip, training_clip_attributes
 from .data.world import Head, body, caption

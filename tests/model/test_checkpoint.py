@@ -27,7 +27,8 @@ from happyhorse.model.checkpoint import (
 from happyhorse.model.config import MAGIHUMAN, PONY, VARIANTS, AudioVAEConfig, Config, VideoDecoderConfig
 from happyhorse.model.key_maps import KEY_MAPS
 from happyhorse.model.rope import rope_bands
-from happyhorse.model.weight_files import SafetensorsFile, open_weights, write_tensors
+from happyhorse.model.stream_writer import write_tensors
+from happyhorse.model.weight_files import SafetensorsFile, open_weights
 
 State = dict[str, Tensor]
 Weights = Callable[[str], State]  # see the fixture `weights`

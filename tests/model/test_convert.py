@@ -14,6 +14,7 @@ import torch
 from full_disk import disk_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_networks import random_weight
 from torch import Tensor
 
 from happyhorse import __version__, cli
@@ -25,7 +26,6 @@ from happyhorse.model.gguf_blocks import BLOCKS
 from happyhorse.model.quant import QuantizedWeight
 from happyhorse.model.stream_writer import StreamWriter
 from happyhorse.model.transformer import JointTransformer
-from happyhorse.pony import random_weight
 
 gguf = pytest.importorskip("gguf")
 State = dict[str, Tensor]

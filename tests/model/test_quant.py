@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_networks import random_weight
 from torch import Tensor, nn
 
 from happyhorse.model import quant
@@ -18,7 +19,6 @@ from happyhorse.model.operations import ModalityLinear
 from happyhorse.model.packing import Latents, PackedLayout
 from happyhorse.model.quant import FLOAT8, QuantizedWeight, quantize
 from happyhorse.model.transformer import JointTransformer
-from happyhorse.pony import random_weight
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from happyhorse import cli
 from happyhorse.model.checkpoint import open_checkpoint
 from happyhorse.model.convert import convert, suffix_of
+from happyhorse.model.stream_writer import write_tensors
 from happyhorse.model.video_vae import normalize_latents
-from happyhorse.model.weight_files import write_tensors
 from happyhorse.options import pony_folder
 
 SETTINGS = {

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from small_networks import NEGATIVE, filled, random_latents, tensors, text_encoder
 from torch import Tensor, nn
 
-from happyhorse.model.config import TextEncoderConfig, TransformerConfig
+from happyhorse.model.config import TransformerConfig
 from happyhorse.model.packing import Latents
-from happyhorse.model.text_encoder import TextEncoder
 from happyhorse.model.transformer import JointTransformer
-from happyhorse.pony import random_weight
 from happyhorse.sampler.conditions import Conditions
 from happyhorse.sampler.guidance import base_video_scale
 from happyhorse.sampler.noise import FilmNoise
@@ -28,28 +27,10 @@ CONFIG = TransformerConfig(
     text_in_channels=12, mm_layers=(0,), gelu7_layers=(0,), local_attn_layers=(), frame_receptive_field=1,
     enable_attn_gating=True, coords_style="v2",
 )  # fmt: skip
-TEXT_CONFIG = TextEncoderConfig(
-    vocab_size=20, hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=50.0,
-    sliding_window=64, rope_theta=10000.0, rms_norm_eps=1e-6,
-)  # fmt: skip
-NEGATIVE = torch.tensor([[3, 1]])
-
-
-def filled(module: nn.Module, seed: int) -> nn.Module:
-    draw = generator(seed, "weights")
-    values = {name: random_weight(name, tensor, draw) for name, tensor in module.state_dict().items()}
-    module.load_state_dict(values)
-    return module
 
 
 def transformer(seed: int = 0) -> JointTransformer:
     return filled(JointTransformer(CONFIG, compute_dtype=torch.float32), seed)
-
-
-def random_latents(draw: torch.Generator, films: int = 2) -> Latents:
-    video = torch.randn(films, 4, 3, 4, 4, generator=draw)
-    return Latents(video, torch.randn(films, 9, 4, generator=draw))
 
 
 class Tokens:
@@ -64,16 +45,7 @@ class Tokens:
 
 def stage(settings: Dmd2Settings, seed: int = 0, batches: int = 1) -> Dmd2Stage:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=batches)
-    text_encoder = filled(TextEncoder(TEXT_CONFIG), 1)
-    return Dmd2Stage(transformer(seed), Tokens(), NEGATIVE, settings, accelerator, text_encoder)
-
-
-def tensors(state: object) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    if isinstance(state, dict):
-        state = list(state.values())
-    return [tensor for part in state for tensor in tensors(part)] if isinstance(state, list | tuple) else []
+    return Dmd2Stage(transformer(seed), Tokens(), NEGATIVE, settings, accelerator, text_encoder())
 
 
 @pytest.mark.parametrize("held", [(False, False), (True, False), (False, True), (True, True)])

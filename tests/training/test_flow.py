@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from small_networks import NEGATIVE, TEXT_CONFIG, filled, random_latents, tensors, text_encoder
 from torch import Tensor
 
 from happyhorse.kernels.attention import FrameWindow, windowed_by_joining
-from happyhorse.model.config import TextEncoderConfig, TransformerConfig
+from happyhorse.model.config import TransformerConfig
 from happyhorse.model.packing import Latents
 from happyhorse.model.text_encoder import TextEncoder
 from happyhorse.model.transformer import JointTransformer
-from happyhorse.pony import random_weight
 from happyhorse.sampler.conditions import Conditions
 from happyhorse.training.flow import (
     Batch,
@@ -36,32 +36,10 @@ CONFIG = TransformerConfig(
     text_in_channels=12, mm_layers=(0,), gelu7_layers=(0,), local_attn_layers=(), frame_receptive_field=1,
     enable_attn_gating=True, coords_style="v2",
 )  # fmt: skip
-TEXT_CONFIG = TextEncoderConfig(
-    vocab_size=20, hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=50.0,
-    sliding_window=64, rope_theta=10000.0, rms_norm_eps=1e-6,
-)  # fmt: skip
-NEGATIVE = torch.tensor([[3, 1]])
-
-
-def filled(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    draw = generator(seed, "weights")
-    values = {name: random_weight(name, tensor, draw) for name, tensor in module.state_dict().items()}
-    module.load_state_dict(values)
-    return module
 
 
 def transformer(seed: int = 0, config: TransformerConfig = CONFIG) -> JointTransformer:
     return filled(JointTransformer(config, compute_dtype=torch.float32), seed)
-
-
-def text_encoder(seed: int = 1) -> TextEncoder:
-    return filled(TextEncoder(TEXT_CONFIG), seed)
-
-
-def random_latents(draw: torch.Generator, films: int = 2) -> Latents:
-    video = torch.randn(films, 4, 3, 4, 4, generator=draw)
-    return Latents(video, torch.randn(films, 9, 4, generator=draw))
 
 
 class Random:
@@ -88,14 +66,6 @@ def stage(settings: FlowSettings, data: Random | None = None, batches: int = 1) 
     return FlowStage(
         transformer(), data or Random(), NEGATIVE, settings, accelerator(batches), text_encoder()
     )
-
-
-def tensors(state: object) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    if isinstance(state, dict):
-        state = list(state.values())
-    return [tensor for part in state for tensor in tensors(part)] if isinstance(state, list | tuple) else []
 
 
 def test_noise_levels_follow_the_shifted_schedule() -> None:

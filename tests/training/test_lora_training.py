@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
+from small_networks import filled
 
 from happyhorse.kernels.scaled_matmul import scaled_linear
 from happyhorse.model.config import TransformerConfig
@@ -23,7 +24,6 @@ from happyhorse.model.packing import Latents
 from happyhorse.model.padding import pad_feed_forward
 from happyhorse.model.quant import QuantizedWeight, quantize
 from happyhorse.model.transformer import JointTransformer
-from happyhorse.pony import random_weight
 from happyhorse.training.flow import Batch, FlowNetworks
 from happyhorse.training.generators import generator
 from happyhorse.training.loop import train
@@ -47,10 +47,7 @@ def every_film_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def transformer(dtype: torch.dtype = torch.float32) -> JointTransformer:
-    module, draw = JointTransformer(CONFIG, compute_dtype=dtype), generator(0, "weights")
-    values = {name: random_weight(name, tensor, draw) for name, tensor in module.state_dict().items()}
-    module.load_state_dict(values)
-    return module.requires_grad_(False)
+    return filled(JointTransformer(CONFIG, compute_dtype=dtype), 0).requires_grad_(False)
 
 
 def quantized(format: str) -> JointTransformer:

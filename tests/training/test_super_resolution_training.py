@@ -6,16 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from small_networks import NEGATIVE, tensors, text_encoder
 from torch import Tensor
 from torch.nn import functional as F
 
-from happyhorse.model.config import TextEncoderConfig, TransformerConfig
+from happyhorse.model.config import TransformerConfig
 from happyhorse.model.packing import Latents
 from happyhorse.model.prompt import Tokenizer
-from happyhorse.model.text_encoder import TextEncoder
 from happyhorse.model.tiny_tokenizer import tiny_tokenizer
 from happyhorse.model.transformer import JointTransformer
-from happyhorse.pony import random_weight
 from happyhorse.sampler.noise import FilmNoise
 from happyhorse.sampler.stages import network_of, sample_super_resolution
 from happyhorse.sampler.super_resolution import prepare, resize_video
@@ -40,20 +39,7 @@ CONFIG = TransformerConfig(
     text_in_channels=12, mm_layers=(0,), gelu7_layers=(0,), local_attn_layers=(), frame_receptive_field=1,
     enable_attn_gating=True, coords_style="v1",
 )  # fmt: skip
-TEXT_CONFIG = TextEncoderConfig(
-    vocab_size=20, hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=50.0,
-    sliding_window=64, rope_theta=10000.0, rms_norm_eps=1e-6,
-)  # fmt: skip
-NEGATIVE = torch.tensor([[3, 1]])
 SMOOTH = {"rough_noise": 0.0, "rough_blur": 0.0}
-
-
-def text_encoder() -> TextEncoder:
-    encoder, draw = TextEncoder(TEXT_CONFIG), generator(1, "weights")
-    values = {name: random_weight(name, tensor, draw) for name, tensor in encoder.state_dict().items()}
-    encoder.load_state_dict(values)
-    return encoder
 
 
 def transformer(seed: int = 0, config: TransformerConfig = CONFIG) -> JointTransformer:
@@ -86,14 +72,6 @@ def stage(
     return SuperResolutionStage(
         transformer(seed, config), Random(), NEGATIVE, settings, Accelerator(cpu=True), text_encoder()
     )
-
-
-def tensors(state: object) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    if isinstance(state, dict):
-        state = list(state.values())
-    return [tensor for part in state for tensor in tensors(part)] if isinstance(state, list | tuple) else []
 
 
 @pytest.mark.parametrize("image", [0.0, 1.0])

@@ -110,6 +110,16 @@ def test_a_share_of_the_crops_is_of_clips_of_twice_the_size() -> None:
     assert (VideoPool(1, 0).crops(1, 16, Random(0), double=1.0).shape) == (1, 3, 49, 16, 16)
 
 
+def test_every_other_crop_is_the_busiest_of_some_tries(pool: VideoPool) -> None:
+    def motion(tries: int) -> torch.Tensor:
+        crops = torch.cat([pool.crops(4, 32, Random(seed), tries=tries) for seed in range(20)])
+        return crops.std(dim=2).mean(dim=(1, 2, 3)).view(-1, 2).mean(dim=0)
+
+    plain, busy = motion(1), motion(4)
+    assert busy[1] > 1.5 * plain[1] and busy[1] > 1.5 * busy[0]
+    assert busy[0] == pytest.approx(plain[0], rel=0.3)
+
+
 def test_the_light_decoder_sees_rough_latents_in_the_last_rounds(
     pool: VideoPool, codec: PatchCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

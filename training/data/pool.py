@@ -41,19 +41,28 @@ class VideoPool:
             self.clips.append(training_clip(index, size).frames)
             progress(index + 1, len(sizes))
 
-    def crops(self, count: int, side: int, random: Random, double: float = 0.0) -> Tensor:
+    def crops(self, count: int, side: int, random: Random, double: float = 0.0, tries: int = 1) -> Tensor:
         """`count` crops [count, 3, 49, side, side] in [-1, 1] at random places of random clips.
 
         A share `double` of them is of clips of twice the size, if the pool has any, the others of all clips.
+        Every other crop is the one of `tries` in which most moves.
         """
-        return torch.cat([self._crop(side, random, double) for _ in range(count)])
+        crops = (
+            max((self._crop(side, random, double) for _ in range(tries if n % 2 else 1)), key=_motion)
+            for n in range(count)
+        )
+        return torch.cat([to_video(frames) for frames in crops])
 
-    def _crop(self, side: int, random: Random, double: float) -> Tensor:
+    def _crop(self, side: int, random: Random, double: float) -> np.ndarray:
         doubles = self.clips[self.count :]
         frames = random.choice(doubles if doubles and double > 0 and random.random() < double else self.clips)
         step = random.choice((1, GRID, GRID, GRID))
         top, left = (step * random.randint(0, (length - side) // step) for length in frames.shape[1:3])
-        return to_video(frames[:, top : top + side, left : left + side])
+        return frames[:, top : top + side, left : left + side]
+
+
+def _motion(frames: np.ndarray) -> float:
+    return float(frames[::4].std(axis=0).mean())
 
 
 def to_video(frames: np.ndarray) -> Tensor:

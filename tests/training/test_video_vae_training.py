@@ -111,9 +111,9 @@ def test_a_share_of_the_crops_is_of_clips_of_twice_the_size() -> None:
 
 
 def test_every_other_crop_is_the_busiest_of_some_tries(pool: VideoPool) -> None:
-    def motion(tries: int) -> torch.Tensor:
+    def motion(tries: int) -> list[float]:
         crops = torch.cat([pool.crops(4, 32, Random(seed), tries=tries) for seed in range(20)])
-        return crops.std(dim=2).mean(dim=(1, 2, 3)).view(-1, 2).mean(dim=0)
+        return crops.std(dim=2).mean(dim=(1, 2, 3)).view(-1, 2).mean(dim=0).tolist()
 
     plain, busy = motion(1), motion(4)
     assert busy[1] > 1.5 * plain[1] and busy[1] > 1.5 * busy[0]

@@ -37,6 +37,7 @@ from .generators import generator
 log = logging.getLogger(__name__)
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 CAPTIONS = "captions.jsonl"
+ENLARGED = 1.5  # times; clips that must be enlarged more are told
 EARLY = 0.25 / FPS  # a picture may come so many seconds after its time, as time stamps are rounded
 ROLES = ("text_encoder", "video_vae", "audio_vae")
 
@@ -117,7 +118,7 @@ def read_clip(path: Path, shape: FilmShape) -> tuple[Tensor, Tensor]:
     """The beginning of a clip: frames [1, 3, F, H, W] in [-1, 1], and sound [2, N] at 51200 Hz.
 
     Frames are taken at 25 a second, cropped about their centre and scaled. Raises ValueError naming a clip
-    that is damaged, shorter than the shape, or without picture or sound.
+    that is damaged, shorter than the shape, or without picture or sound; warns of one that is far smaller.
     """
     try:
         with av.open(f"file:{path}", metadata_errors="replace") as container:
@@ -167,6 +168,8 @@ def _frames(
             raise ValueError(
                 f"{path} has pictures without times and no rate; export it again, as mp4 at 25 a second"
             )
+        if current is None:
+            _warn_if_small(frame, shape, path)
         if first is None and frame.time is not None:
             first = frame.time - end
         time = end if frame.time is None else frame.time - first
@@ -177,6 +180,17 @@ def _frames(
         current, end = partial(_pixels, frame, shape), time + float(length)
     _repeat(frames, current, end, shape)
     return frames, end
+
+
+def _warn_if_small(frame: av.VideoFrame, shape: FilmShape, path: Path) -> None:
+    width, height = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+    scale = max(shape.width / width, shape.height / height)
+    if scale > ENLARGED:
+        log.warning(
+            "%s is %d x %d and is enlarged %.1f times, so its blur is learnt too; train at a smaller size "
+            "or give a larger clip",
+            path, width, height, scale,
+        )  # fmt: skip
 
 
 def _repeat(

@@ -117,6 +117,16 @@ def test_a_caption_in_another_encoding_and_a_missing_folder_are_named(tmp_path: 
         find_clips(tmp_path / "none")
 
 
+def test_clips_that_are_enlarged_much_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for size in ((64, 32), (44, 22), (128, 256)):
+        read_clip(write_clip(tmp_path / "a.mp4", size=size), SHAPE)
+    assert not caplog.records
+    for name, size in (("b", (64, 16)), ("c", (32, 64))):
+        read_clip(write_clip(tmp_path / f"{name}.mp4", size=size), SHAPE)
+    wanted = ("b.mp4 is 64 x 16 and is enlarged 2.0 times", "c.mp4 is 32 x 64 and is enlarged 2.0 times")
+    assert [text in told for text, told in zip(wanted, caplog.messages, strict=True)] == [True, True]
+
+
 def test_a_clip_is_read_picture_by_picture_with_its_sound_in_time(tmp_path: Path) -> None:
     frames, sound = read_clip(write_clip(tmp_path / "a.mp4"), SHAPE)
     assert frames.shape == (1, 3, 9, 32, 64) and sound.shape == (2, 9 * 2048)
@@ -148,7 +158,7 @@ def test_frames_without_times_come_one_after_the_other(tmp_path: Path) -> None:
     def frames(*times: float | None, rate: int | None = 50) -> list[float]:
         decoded = [
             SimpleNamespace(
-                time=time, duration=0, rotation=0,
+                time=time, duration=0, rotation=0, width=64, height=32,
                 to_image=partial(Image.new, "RGB", (64, 32), (12 * number,) * 3),
             )
             for number, time in enumerate(times)

@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         cure = "try --offload pieces, fewer --seconds or a smaller --size"
+        if options and options.command == "train":  # the miniature: a LoRA has cures of its own
+            cure = "try --device cpu"
         sys.stderr.write(f"happyhorse: out of memory ({str(error).splitlines()[0]}); {cure}\n")
         return 2
     return 0

@@ -241,8 +241,8 @@ MAGIHUMAN = Preset(
 PONY = Preset(
     transformers={
         **_makers(
-            num_layers=6, hidden_size=160, head_dim=32, num_query_groups=1, text_in_channels=96,
-            mm_layers=(0, 5), gelu7_layers=(0,), frame_receptive_field=2,
+            num_layers=6, hidden_size=192, head_dim=32, num_query_groups=1, text_in_channels=96,
+            mm_layers=(0,), gelu7_layers=(0,), frame_receptive_field=2,
         ),
         **_refiners(
             num_layers=2, hidden_size=192, head_dim=32, num_query_groups=1, text_in_channels=96,

@@ -48,7 +48,7 @@ class JointTransformer(nn.Module):
         compute_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compute_dtype = config, compute_dtype
         self.adapter = Adapter(config, operations)
         self.block = Block(config, operations, compute_dtype)
         self.final_norm_video = operations.ModalityRMSNorm(config.hidden_size, 1)

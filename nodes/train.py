@@ -175,7 +175,7 @@ class HappyHorseTrainLora(io.ComfyNode):
             _clips(folder), out, Path(folder_paths.get_output_directory(), RUNS, name),
             FilmShape.from_seconds(width, height, seconds), settings,
             negative_prompt(transformer.variant, transformer.config), batch_size, accumulation,
-            None if resident < 0 else resident,
+            None if resident < 0 else resident, "another name",
         )  # fmt: skip
         with torch.inference_mode(False), torch.enable_grad():
             _train(job, checkpoints, DTYPES[weight_dtype] or default_compute_dtype())
@@ -229,7 +229,7 @@ def _train(job: "LoraJob", checkpoints: Mapping[str, Checkpoint], dtype: torch.d
         prepare_lora(job, checkpoints, device, dtype, room_on(device), progress) as stage,
     ):
         job.out.parent.mkdir(parents=True, exist_ok=True)
-        train_lora(job, stage, on_step, "another name")
+        train_lora(job, stage, on_step)
 
 
 @contextmanager

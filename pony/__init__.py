@@ -23,6 +23,7 @@ from ..model.tiny_tokenizer import tiny_tokenizer
 from ..model.transformer import JointTransformer
 from ..model.video_decoder import VideoDecoder
 from ..model.video_vae import VideoVAE
+from ..model.weight_files import open_weights
 
 FOLDER = Path(__file__).parent  # of the trained parts
 FILES = {
@@ -36,9 +37,9 @@ FILES = {
 
 @functools.cache
 def version() -> str:
-    """Changes with the trained parts."""
-    digest = 0
-    for path in _shipped():
+    """Changes with the trained parts, and with the configurations that are written beside them."""
+    digest = zlib.crc32(repr(PONY).encode())
+    for path in _shipped().values():
         digest = zlib.crc32(path.read_bytes(), digest)
     return f"{digest:08x}"
 
@@ -61,16 +62,19 @@ def ensure_pony(folder: Path) -> Path:
 
 def write_pony(folder: Path) -> None:
     """Copy all parts of the miniature into the existing `folder`, and write what belongs beside them."""
-    for name, path in zip(FILES, _shipped(), strict=True):
+    for name, path in _shipped().items():
         (folder / FILES[name]).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / FILES[name])
         _write_companion(folder, name)
 
 
-def _shipped() -> list[Path]:
-    """The files of all parts; raises FileNotFoundError for one that the pack lacks."""
-    paths = [FOLDER / file for file in FILES.values()]
-    for path in paths:
+def _shipped() -> dict[str, Path]:
+    """The files of the parts that the pack has; raises FileNotFoundError for one that it lacks.
+
+    1080p_sr is made of 540p_sr where it is wanted.
+    """
+    paths = {name: FOLDER / file for name, file in FILES.items() if name != "1080p_sr"}
+    for path in paths.values():
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing, a part of the pony; install the node pack again")
     return paths
@@ -94,7 +98,7 @@ def write_part(folder: Path, name: str, module: nn.Module, note: str) -> None:
 
     In float16; transformers in bfloat16 and float32, base in bfloat16 alone, as published. For its size,
     super-resolution has in float32 only what is no matrix. The same weights give the same bytes. Raises
-    OSError where that fails; then there is no new file.
+    OSError where that fails.
     """
     part = "transformer" if name in VARIANTS else name
     dtype = torch.bfloat16 if part == "transformer" else torch.float16
@@ -126,3 +130,14 @@ def _write_companion(folder: Path, name: str) -> None:
         pretransform = {"type": "autoencoder", "config": published_config(PONY.audio_vae)}
         published = {"sample_rate": FILM_RATE, "model": {"pretransform": pretransform}}
         (path / "model_config.json").write_text(json.dumps(published), encoding="utf-8")
+    elif name == "540p_sr":
+        _write_large_twin(folder)
+
+
+def _write_large_twin(folder: Path) -> None:
+    """Write 1080p_sr, the network of 540p_sr that sees windows of frames."""
+    file, twin = open_weights(folder / FILES["540p_sr"]), folder / FILES["1080p_sr"]
+    config = json.dumps(PONY.transformers["1080p_sr"].to_dict())
+    twin.parent.mkdir(exist_ok=True)
+    tensors = {name: file.read(name) for name in file.tensors}
+    write_tensors(twin, tensors, {**file.metadata, "config": config, "variant": "1080p_sr"})

@@ -22,8 +22,9 @@ from happyhorse.option_values import parse_lora
 
 CONFIG = PONY.transformers["base"]
 SHAPES = transformer_shapes(CONFIG)
-SHARED, FUSED = "block.layers.2.mlp.down_proj", "block.layers.5.attention.linear_qkv"
-SECTIONS = {"to_q": 160, "to_k": 32, "to_v": 32, "to_gate": 5}
+SHARED, FUSED = "block.layers.2.mlp.down_proj", "block.layers.0.attention.linear_qkv"
+WIDTH, INNER = SHAPES[f"{SHARED}.weight"]
+SECTIONS = {"to_q": WIDTH, "to_k": 32, "to_v": 32, "to_gate": WIDTH // 32}
 RANK, TOLERANCE = 4, 1e-5
 
 
@@ -135,9 +136,11 @@ def test_inspect_tells_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixt
     path = save(tmp_path / "style.safetensors", tensors, title="T" * 500)
     assert run("inspect", path, path, "--preset", "pony") == 0
     said = capsys.readouterr().out
-    assert said.count("style.safetensors: 3 LoRA; rank 2, 4; alpha 1; F32; 5,737 values in 7 tensors") == 2
+    values = sum(tensor.numel() for tensor in tensors.values())
+    kinds = f"style.safetensors: 3 LoRA; rank 2, 4; alpha 1; F32; {values:,} values in 7 tensors"
+    assert said.count(kinds) == 2
     assert "pony: 2 of 3 matched: 1 down_proj, 1 linear_qkv" in said
-    assert "layers 2, 5; one copy per modality: 1, shared: 1" in said
+    assert "layers 0, 2; one copy per modality: 1, shared: 1" in said
     assert "not used, 3 keys: lora_te_x" in said
     assert f"  title: {'T' * 100}..." in said
 
@@ -146,7 +149,7 @@ def test_inspect_tells_why_a_file_does_not_fit(tmp_path: Path, capsys: pytest.Ca
     assert run("inspect", save(tmp_path / "a.safetensors", lora(SHARED))) == 2
     said = capsys.readouterr()
     assert said.out.endswith("in 2 tensors\nmagihuman: does not fit\nno metadata\n")
-    assert "changes a weight of [160, 424], which is [15360, 20480] here" in said.err
+    assert f"changes a weight of [{WIDTH}, {INNER}], which is [15360, 20480] here" in said.err
     assert said.err.count("\n") == 1
 
 
@@ -215,7 +218,7 @@ def test_convert_writes_the_names_of_the_stock_loaders(kind: str, tmp_path: Path
     written = load_file(tmp_path / "out.safetensors")
     assert all(key.startswith("diffusion_model.") for key in written)
     if kind == "dora":
-        assert written[f"diffusion_model.{SHARED}.dora_scale"].shape == (160, 1)
+        assert written[f"diffusion_model.{SHARED}.dora_scale"].shape == (WIDTH, 1)
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert file.metadata() == {"author": "me"}
 
@@ -234,7 +237,7 @@ def test_convert_fuses_q_k_v_and_gate(copies: int, alpha: bool, tmp_path: Path) 
     source = save(tmp_path / "in.safetensors", split_qkv(copies, alpha))
     assert run("convert", source, tmp_path / "out.safetensors", "--preset", "pony") == 0
     written = load_file(tmp_path / "out.safetensors")
-    assert written[f"diffusion_model.{FUSED}.lora_A.weight"].shape == (4 * RANK, 160)
+    assert written[f"diffusion_model.{FUSED}.lora_A.weight"].shape == (4 * RANK, WIDTH)
     assert same(source, tmp_path / "out.safetensors")
 
 
@@ -242,11 +245,11 @@ def test_convert_fuses_products_and_differences(tmp_path: Path) -> None:
     loha, differences = {}, {}
     for index, word in enumerate(("to_q", "to_v")):
         stem, rows = FUSED.replace("linear_qkv", word), SECTIONS[word]
-        shapes = {"w1_a": (rows, RANK), "w1_b": (RANK, 160), "w2_a": (rows, RANK), "w2_b": (RANK, 160)}
+        shapes = {"w1_a": (rows, RANK), "w1_b": (RANK, WIDTH), "w2_a": (rows, RANK), "w2_b": (RANK, WIDTH)}
         for number, (part, shape) in enumerate(shapes.items()):
             loha[f"{stem}.hada_{part}"] = random(*shape, seed=number)
         loha[f"{stem}.alpha"] = torch.tensor(3.0 + index)
-        differences[f"{stem}.diff"] = random(3 * rows, 160)
+        differences[f"{stem}.diff"] = random(3 * rows, WIDTH)
     for number, tensors in enumerate((loha, differences)):
         source, target = (
             save(tmp_path / f"in{number}.safetensors", tensors),
@@ -260,7 +263,7 @@ def test_convert_refuses_what_the_stock_loaders_cannot_take(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = split_qkv(1, False)
-    tensors[f"transformer.{FUSED.replace('linear_qkv', 'to_q')}.dora_scale"] = random(160, 1)
+    tensors[f"transformer.{FUSED.replace('linear_qkv', 'to_q')}.dora_scale"] = random(WIDTH, 1)
     source = save(tmp_path / "in.safetensors", tensors)
     said = refused(capsys, "convert", source, tmp_path / "out.safetensors", "--preset", "pony")
     assert "cannot become one layer, as DoRA of single sections" in said
@@ -291,7 +294,7 @@ def test_extract_finds_what_was_added(
     for stem, (up, down) in factors.items():
         delta = up @ down
         assert (found[f"{stem}.weight"] - delta).norm() <= 0.005 * delta.norm()  # of bfloat16
-    torch.testing.assert_close(found["final_norm_audio.weight"], torch.full((160,), 0.5))
+    torch.testing.assert_close(found["final_norm_audio.weight"], torch.full((WIDTH,), 0.5))
     assert set(found) == {*(f"{stem}.weight" for stem in factors), "final_norm_audio.weight"}
     assert len(load_file(out)) == 2 * len(factors) + 1  # what did not change is not in the file
     with safe_open(out, "pt") as file:
@@ -432,7 +435,7 @@ def test_input_that_cannot_be_used_is_one_sentence(
 
 
 BROKEN = {
-    "lora_A.weight has the shape [0, 424], which holds nothing": {"lora_A.weight": random(0, 424)},
+    f"lora_A.weight has the shape [0, {INNER}], which holds nothing": {"lora_A.weight": random(0, INNER)},
     "lora_A.weight must be a matrix, got a single number": {"lora_A.weight": torch.tensor(1.0)},
     "alpha must be one number, got the shape [0]": {"alpha": torch.zeros(0)},
     "alpha holds NaN or infinite values": {"alpha": torch.tensor(torch.nan)},

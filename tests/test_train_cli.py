@@ -123,7 +123,9 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_lora(
         assert run(clips, out, pony_folder, "--resume", folder) == 130
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.endswith(f"saved at step 2; run the same command to go on ({folder})") and not out.exists()
-    message = refused(capsys, clips, out, pony_folder, "--resume", folder, "--rate", "0.1")
+    with monkeypatch.context() as patched:
+        patched.setattr("happyhorse.training.lora_run.prepare_clips", None)  # it is told before dear work
+        message = refused(capsys, clips, out, pony_folder, "--resume", folder, "--rate", "0.1")
     assert "was trained with rate 0.0002 (now 0.1)" in message
     assert run(clips, out, pony_folder, "--resume", folder) == 0
     expected, got = load_file(trained), load_file(out)

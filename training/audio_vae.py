@@ -4,7 +4,7 @@ Its convolutions are trained without weight norm, which `finished` adds.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -230,35 +230,3 @@ def finished(vae: AudioVAE, sounds: Tensor) -> AudioVAE:
             state[name] = value
     result.load_state_dict(state)
     return result.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def evaluate(vae: AudioVAE, sounds: Sequence[Tensor]) -> dict[str, float]:
-    """Means over whole `sounds`, [2, N] each: the losses and the signal-to-noise ratio in dB.
-
-    "worst" is the lowest such "ratio", "first" and "last" its means in the first and last latents that are
-    not silent. "latent_mean" is the largest of a channel, "latent_std" that of all latents.
-    """
-    size = vae.config.samples_per_latent
-    latents = [vae.encode(sound[None]) for sound in sounds]
-    rebuilt = [vae.decode(latent)[0] for latent in latents]
-    pairs = list(zip(sounds, rebuilt, strict=True))
-    losses = [sound_losses(a[None], b[None]) for a, b in pairs]
-    ratios = torch.tensor([_ratio(a, b) for a, b in pairs])
-    everything = torch.cat(latents, dim=1)
-    figures = {name: float(sum(loss[name] for loss in losses) / len(losses)) for name in losses[0]}
-    for name, part in {"first": slice(0, size), "last": slice(-size, None)}.items():
-        heard = [_ratio(a[:, part], b[:, part]) for a, b in pairs if a[:, part].square().mean() > 1e-6]
-        figures[name] = sum(heard) / len(heard) if heard else math.nan
-    return {
-        **figures,
-        "ratio": float(ratios.mean()),
-        "worst": float(ratios.min()),
-        "latent_mean": float(everything.mean(dim=(0, 1)).abs().max()),
-        "latent_std": float(everything.std()),
-    }
-
-
-def _ratio(sound: Tensor, rebuilt: Tensor) -> float:
-    """Signal-to-noise ratio in dB."""
-    return float(10 * (sound.square().sum() / (sound - rebuilt).square().sum()).log10())

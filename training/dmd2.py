@@ -166,6 +166,7 @@ class Dmd2Stage:
             "batches": accelerator.gradient_accumulation_steps,
             "base": checksum(*base.parameters()),
             "config": base.config.to_dict(),
+            "dtype": str(base.compute_dtype),
             "data": data.fingerprint,
             "negative": checksum(self.negative),
         }

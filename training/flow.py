@@ -225,6 +225,7 @@ class FlowStage:
             "batches": self.accelerator.gradient_accumulation_steps,
             "text_encoder": self.networks.text_encoder is not None,
             "config": self.networks.transformer.config.to_dict(),
+            "dtype": str(self.networks.transformer.compute_dtype),
             "data": self.data.fingerprint,
             "negative": checksum(self.negative),  # states, if the text encoder stays as it is: they tell it
         }

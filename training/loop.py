@@ -21,6 +21,7 @@ from ..model.file_lock import NO_LOCKS, try_lock
 from .plot import line_plot
 
 log = logging.getLogger(__name__)
+CHECKPOINT = "checkpoint.pt"
 
 OnStep = Callable[[int, int, dict[str, float]], None]  # steps done, of how many, figures of the last one
 
@@ -103,7 +104,7 @@ class _Run:
     def __init__(self, stage: Stage, folder: Path, title: str, elsewhere: str) -> None:
         self.stage, self.title, self.elsewhere = stage, title, elsewhere
         self.checkpoint, self.log, self.picture = (
-            folder / name for name in ("checkpoint.pt", "log.jsonl", "loss.png")
+            folder / name for name in (CHECKPOINT, "log.jsonl", "loss.png")
         )
         self.fingerprint = json.loads(
             json.dumps(dict(stage.fingerprint))
@@ -140,6 +141,8 @@ class _Run:
         """Write the log first: it must reach at least as far as the checkpoint."""
         with _naming(self.log, self.elsewhere), self.log.open("a", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(figures)}\n" for figures in self.figures[self.logged :])
+            file.flush()
+            os.fsync(file.fileno())
         self.logged = len(self.figures)
         state = {"done": self.done, "fingerprint": self.fingerprint, "stage": self.stage.state_dict()}
         _check_plain(state, "state")
@@ -157,6 +160,18 @@ class _Run:
             positive = all(value > 0 for points in series.values() for _, value in points)
             image = line_plot(series, self.title, log_y=positive)
             write_whole(self.picture, lambda file: image.save(file, "png"), self.elsewhere)
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any], elsewhere: str = "another folder") -> None:
+    """Raise ValueError where a run in `folder` was begun with other `settings`: before dear work for it.
+
+    They are some of its stage's fingerprint, all of which `train` checks.
+    """
+    path = folder / CHECKPOINT
+    if path.exists():
+        found = _read(path, elsewhere)["fingerprint"]
+        expected = json.loads(json.dumps(dict(settings)))
+        _check_fingerprint(path, {name: found.get(name) for name in expected}, expected, elsewhere)
 
 
 @contextlib.contextmanager
@@ -271,7 +286,8 @@ def _check_fingerprint(
     ]
     if differing:
         raise ValueError(
-            f"{path} was trained with {', '.join(differing)}; give the same settings or {elsewhere}"
+            f"{path} was trained with {', '.join(differing)}; give the same settings or {elsewhere}, "
+            "or delete it to start again"
         )
 
 
@@ -279,13 +295,13 @@ def _read_log(path: Path, done: int) -> list[dict[str, float]]:
     """The figures of the first `done` steps; later ones will be trained again."""
     figures: list[dict[str, float]] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+                if entry["step"] >= done:
+                    break
+            except (ValueError, TypeError, KeyError):
                 break  # the end that a run did not finish writing
-            if entry["step"] >= done:
-                break
             figures.append(entry)
     return figures
 

@@ -280,14 +280,10 @@ class LoraStage:
             "batches": self.accelerator.gradient_accumulation_steps,
             "base": self.base,
             "base_file": self.identity,
-            "dtype": str(self._dtype),
+            "dtype": str(self.networks.transformer.compute_dtype),
             **self.told,
             "data": self.data.fingerprint,
         }
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.networks.transformer.block.layers[0].mlp.compute_dtype
 
     def step(self, step: int) -> dict[str, float]:
         """Make update number `step`; returns the mean loss and its parts, by stream, over the batches.
@@ -324,7 +320,7 @@ class LoraStage:
 
         Raises OSError where that fails; then there is no new file.
         """
-        tensors = self._tensors(self._dtype)
+        tensors = self._tensors(self.networks.transformer.compute_dtype)
         entries = [(name, DTYPE_NAMES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()]
         with SafetensorsWriter(path, entries, self._metadata()) as file:
             for name, tensor in tensors.items():

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from ..model.geometry import FilmShape
 from ..sampler.parts import Progress, default_vae_dtype
 from ..sampler.plan import Room, plan_film
 from .clips import ROLES, Encoders, file_identity, prepare_clips
-from .loop import OnStep, train
+from .loop import CHECKPOINT, OnStep, check_settings, train
 from .lora import LoraSettings, LoraStage, targets
 from .lora_memory import lora_stage_need, resident_layers
 
@@ -27,8 +28,9 @@ class LoraJob:
     """What a LoRA is made from and how.
 
     `clips` is the folder of clips with their captions; `folder` that of the run, which keeps the encoded
-    clips, the log and the plot of the loss, and the checkpoint until the LoRA is written. An update is made
-    of `batches` batches of `batch` clips. `resident` layers stay on the device, None being as many as fit.
+    clips, the log and the plot of the loss, and the checkpoint until the LoRA is written; messages tell to
+    give `elsewhere` in its place. An update is made of `batches` batches of `batch` clips. `resident` layers
+    stay on the device, None being as many as fit.
     """
 
     clips: Path
@@ -40,6 +42,12 @@ class LoraJob:
     batch: int = 1
     batches: int = 1
     resident: int | None = None
+    elsewhere: str = "another folder"
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a run must be continued with, as far as the job says it."""
+        return {**asdict(self.settings), **asdict(self.shape), "batch": self.batch, "negative": self.negative}
 
 
 def prepare_lora(
@@ -65,6 +73,7 @@ def prepare_lora(
     for name, number in (("batch", job.batch), ("batches", job.batches)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    check_settings(job.folder, job.told, job.elsewhere)
     accelerator = accelerator_on(device, job.batches)
     need = lora_stage_need(transformer, job.shape, job.settings, job.batch, dtype, device)
     resident = resident_layers(need, device, room, job.resident)
@@ -84,7 +93,6 @@ def prepare_lora(
 
     identity = file_identity(transformer.path)
     module = load(transformer, dtype, device, resident, loading)
-    told = {**asdict(job.shape), "batch": job.batch, "negative": job.negative}
     return LoraStage(
         module,
         data,
@@ -94,7 +102,7 @@ def prepare_lora(
         transformer.path.name,
         identity,
         resident,
-        told,
+        job.told,
     )
 
 
@@ -126,14 +134,15 @@ def accelerator_on(device: torch.device, batches: int) -> Accelerator:
 
 
 def train_lora(
-    job: LoraJob, stage: LoraStage, on_step: OnStep | None = None, elsewhere: str = "another folder"
+    job: LoraJob, stage: LoraStage, on_step: OnStep | None = None
 ) -> list[dict[str, float]]:
     """Train, going on from the run's checkpoint if there is one, and write the LoRA.
 
-    Returns the figures of all steps. The checkpoint is deleted once the LoRA is there. Raises as `train`,
-    of which `elsewhere` is.
+    Returns the figures of all steps. The checkpoint is deleted once the LoRA is there. Raises as `train`.
     """
-    figures = train(stage, job.folder, job.settings.steps, on_step=on_step, title=TITLE, elsewhere=elsewhere)
+    figures = train(
+        stage, job.folder, job.settings.steps, on_step=on_step, title=TITLE, elsewhere=job.elsewhere
+    )
     stage.save(job.out)
-    (job.folder / "checkpoint.pt").unlink(missing_ok=True)
+    (job.folder / CHECKPOINT).unlink(missing_ok=True)
     return figures

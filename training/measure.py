@@ -254,8 +254,7 @@ def ceiling(
     @torch.inference_mode()
     def make_film(prompt: Prompt, path: Path) -> None:
         clip, device = prompt.render(), next(vae.parameters()).device
-        video = torch.from_numpy(clip.frames).permute(3, 0, 1, 2)[None].to(device) / 127.5 - 1
-        decoded = (decoder or vae).decode(vae.encode(video))
+        decoded = (decoder or vae).decode(vae.encode(to_video(clip.frames).to(device)))
         frames = frames_to_uint8(decoded.float()).cpu()
         device = next(audio_vae.parameters()).device
         sound = audio_vae.decode(audio_vae.encode(torch.from_numpy(clip.sound)[None].to(device)))[0]

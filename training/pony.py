@@ -95,7 +95,10 @@ class Recipe:
 
     def trained(self, name: str) -> nn.Module:
         """A part that an earlier stage has left, float32 on the CPU; stages move what they train."""
-        return load(open_checkpoint(self.out / pony.FILES[name]), torch.float32)
+        path = self.out / pony.FILES[name]
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing; run `happyhorse train pony {name}` first")
+        return load(open_checkpoint(path), torch.float32)
 
     @cached_property
     def pool(self) -> VideoPool:
@@ -136,7 +139,8 @@ class Recipe:
     @property
     def lora(self) -> Path:
         """The LoRA of a new thing, made for the base as it is now by the settings of now."""
-        files = [_checksum(self.out / pony.FILES[part]) for part in ("base", "text_encoder")]
+        parts = ("base", "text_encoder", "video_vae", "audio_vae")
+        files = [_checksum(self.out / pony.FILES[part]) for part in parts]
         told = [*files, self.lora_clips, self.steps["lora"], LORA_BATCH, LORA_RATE, self.seed]
         return self.runs / f"lora-{zlib.crc32(repr(told).encode()):08x}" / "hat.safetensors"
 
@@ -269,10 +273,7 @@ def train_super_resolution(recipe: Recipe) -> None:
     )
     recipe.train("super_resolution", stage)
     stage.ema.copy_to(stage.networks)
-    windowed = pony.build("1080p_sr")
-    windowed.load_state_dict(transformer.state_dict())
     recipe.write("540p_sr", transformer)
-    recipe.write("1080p_sr", windowed)
 
 
 def train_new_thing(recipe: Recipe) -> None:

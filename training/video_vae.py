@@ -5,7 +5,7 @@ the small chunks of inference. The latents have mean 0 and deviation 1; that the
 them is folded into the convolutions around them afterwards.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from random import Random
 from typing import Any
 
@@ -56,15 +56,26 @@ class _PictureStage:
         return latents + (size * noise).to(self.device)
 
     def _update(self, step: int) -> None:
-        update(self.module, self.optimizers, self.ema, round_rate(step, self.steps))
+        scale_rates(self.optimizers, round_rate(step, self.steps))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.ema.update(self.module)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, their average, and the optimizers' momenta."""
-        return training_state(self.module, self.optimizers, self.ema)
+        return {
+            "weights": self.module.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "ema": self.ema.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        load_training_state(state, self.module, self.optimizers, self.ema)
+        self.module.load_state_dict(state["weights"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.ema.load_state_dict(state["ema"])
 
 
 class VideoVAEStage(_PictureStage):
@@ -203,36 +214,6 @@ def picture_loss(film: Tensor, video: Tensor) -> tuple[Tensor, float]:
 def psnr(film: Tensor, video: Tensor) -> float:
     """Peak signal-to-noise ratio, in dB, of films in [-1, 1]."""
     return -10 * torch.log10((film - video).div(2).square().mean()).item()
-
-
-def update(module: nn.Module, optimizers: Iterable[torch.optim.Optimizer], ema: Ema, rate: float) -> None:
-    """One step of all optimizers at a share `rate` of their learning rates; gradients are used up."""
-    scale_rates(optimizers, rate)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    ema.update(module)
-
-
-def training_state(
-    module: nn.Module, optimizers: Iterable[torch.optim.Optimizer], ema: Ema
-) -> dict[str, Any]:
-    """What a stage of one network needs to go on."""
-    return {
-        "weights": module.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "ema": ema.state_dict(),
-    }
-
-
-def load_training_state(
-    state: Mapping[str, Any], module: nn.Module, optimizers: Iterable[torch.optim.Optimizer], ema: Ema
-) -> None:
-    """Put `training_state` back."""
-    module.load_state_dict(state["weights"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    ema.load_state_dict(state["ema"])
 
 
 def start(module: nn.Module, generator: torch.Generator) -> None:

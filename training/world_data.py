@@ -51,6 +51,7 @@ def encode_clips(
                 found[name][index] = latents
             progress(index + 1, count)
         write_tensors(path, found, {"made_with": made_with})
+        del found
     with safe_open(path, "pt") as file:
         told = (file.metadata() or {}).get("made_with")
     if told != made_with:

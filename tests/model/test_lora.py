@@ -29,11 +29,12 @@ from happyhorse.model.lora_formats import Change, open_lora
 from happyhorse.model.quant import quantize
 from happyhorse.model.stream_writer import GgufStreamWriter
 
-CONFIG = PONY.transformers["base"]  # 6 layers of width 160; 0 and 5 hold one copy per modality
+CONFIG = PONY.transformers["base"]  # 6 layers; 0 holds one copy per modality
 SHAPES = transformer_shapes(CONFIG)
 SHARED, MODAL = "block.layers.2.mlp.down_proj", "block.layers.0.attention.linear_proj"
-FUSED = "block.layers.5.attention.linear_qkv"
-SECTIONS = (160, 32, 32, 5)  # q, k, v, gate
+FUSED = "block.layers.0.attention.linear_qkv"
+WIDTH, INNER = SHAPES[f"{SHARED}.weight"]
+SECTIONS = (WIDTH, 32, 32, WIDTH // 32)  # q, k, v, gate
 RANK, ALPHA, TOLERANCE = 4, 6.0, 1e-5
 
 
@@ -313,7 +314,7 @@ def test_weights_of_bfloat16_are_rounded_once(tmp_path: Path) -> None:
 
 
 def test_a_patch_moves_with_its_factors(tmp_path: Path) -> None:
-    path = save(tmp_path, {**plain(SHARED), f"diffusion_model.{SHARED}.dora_scale": random(1, 424).abs()})
+    path = save(tmp_path, {**plain(SHARED), f"diffusion_model.{SHARED}.dora_scale": random(1, INNER).abs()})
     patch = patches([(open_lora(path), Strengths())], CONFIG, SHAPES)[f"{SHARED}.weight"][0]
     moved = patch.to("meta")
     assert [tensor.device.type for tensor in moved.change.tensors] == ["meta"] * 3
@@ -442,11 +443,11 @@ BAD = {
     "holds no LoRA: none of its 1 tensors": {"some.weight": UP},
     "does not fit this model: none of its 1 layer (": plain(SHARED, "diffusion_model.blocks.", 0),
     "is one of the model's (block.layers.0.attention.pre_norm": plain(SHARED, "double_"),
-    "changes a weight of [8, 8], which is [160, 424] here": {
+    f"changes a weight of [8, 8], which is [{WIDTH}, {INNER}] here": {
         f"{SHARED}.lora_A.weight": random(2, 8), f"{SHARED}.lora_B.weight": random(8, 2)
     },
-    "changes a weight of [7, 160], which is [480, 160] or [160, 160] here": {
-        "block.layers.0.attention.to_q.lora_A.weight": random(2, 160),
+    f"changes a weight of [7, {WIDTH}], which is [{3 * WIDTH}, {WIDTH}] or [{WIDTH}, {WIDTH}] here": {
+        "block.layers.0.attention.to_q.lora_A.weight": random(2, WIDTH),
         "block.layers.0.attention.to_q.lora_B.weight": random(7, 2),
     },
     "differ, 3 and 4; the file is damaged": broken(plain(SHARED), **{"lora_B.weight": UP[:, :3]}),
@@ -463,7 +464,7 @@ BAD = {
     "must be a matrix, got the shape [4]": broken(plain(SHARED), **{"lora_A.weight": random(4)}),
     "one value per row or per column": broken(plain(SHARED), dora_scale=random(3)),
     "lora_A.weight must be a matrix, got a single": broken(plain(SHARED), **{"lora_A.weight": UP[0, 0]}),
-    "lora_A.weight has the shape [0, 424], which holds nothing": {
+    f"lora_A.weight has the shape [0, {INNER}], which holds nothing": {
         **broken(plain(SHARED), alpha=torch.tensor(4.0)),
         f"diffusion_model.{SHARED}.lora_A.weight": DOWN[:0],
         f"diffusion_model.{SHARED}.lora_B.weight": UP[:, :0],
@@ -491,7 +492,7 @@ def test_a_file_that_cannot_be_used_is_one_sentence(message: str, tmp_path: Path
 
 
 def test_a_quantised_gguf_is_no_lora(tmp_path: Path) -> None:
-    up, down = (quantize(random(*shape), "Q8_0") for shape in ((160, 32), (32, 424)))
+    up, down = (quantize(random(*shape), "Q8_0") for shape in ((WIDTH, 32), (32, INNER)))
     stem, path = f"diffusion_model.{SHARED}", tmp_path / "a.gguf"
     tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
     entries = [(name, "Q8_0", tensor.shape) for name, tensor in tensors.items()]

@@ -14,7 +14,10 @@ from happyhorse.model.padding import pad_feed_forward
 from happyhorse.model.quant import quantize
 from happyhorse.model.transformer import JointTransformer, gelu7, swiglu7
 
-CONFIG = replace(PRESETS["pony"].transformers["distill"], num_layers=3, mm_layers=(0, 2), gelu7_layers=(0,))
+CONFIG = replace(
+    PRESETS["pony"].transformers["distill"],
+    num_layers=3, hidden_size=160, mm_layers=(0, 2), gelu7_layers=(0,),
+)  # fmt: skip
 UNITS, PADDED = 424, 432  # of the swiglu7 layers; gelu7 has 640, which need nothing
 
 

@@ -336,12 +336,12 @@ def files(tmp_path: Path, state: State) -> State:
     ("change", "message"),
     [
         ({SCALE: None}, rf"{NAME} is stored in float8_e4m3fn, but its scale is missing \(looked for {SCALE}"),
-        ({SCALE: torch.ones(2, 2)}, rf"{SCALE} has shape \[2, 2\]; expected one scale, .* of the 160 rows"),
+        ({SCALE: torch.ones(2, 2)}, rf"{SCALE} has shape \[2, 2\]; expected one scale, .* of the 192 rows"),
         ({SCALE: torch.ones(7)}, rf"{SCALE} has shape \[7\]; expected"),
         ({SCALE: torch.tensor(float("nan"))}, rf"{SCALE} must be positive and finite, and is not"),
         ({SCALE: torch.tensor(0.0)}, rf"{SCALE} must be positive and finite, and is not"),
-        ({NAME: torch.zeros(160, 424, dtype=torch.int8), SCALE: None}, r"stored in int8, but its scale"),
-        ({SCALE: torch.ones(160, dtype=torch.int32)}, rf"{SCALE} must hold floating"),
+        ({NAME: torch.zeros(192, 512, dtype=torch.int8), SCALE: None}, r"stored in int8, but its scale"),
+        ({SCALE: torch.ones(192, dtype=torch.int32)}, rf"{SCALE} must hold floating"),
         ({SCALE: torch.tensor(1e38)}, rf"{NAME} of the distill transformer holds NaN or infinite"),
         ({SCALE.replace("weight_scale", "scale_weight"): torch.tensor(1.0)}, rf"{NAME} has two scales"),
         (

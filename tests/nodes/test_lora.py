@@ -249,10 +249,11 @@ def test_the_stock_loader_takes_what_convert_writes(
     name = f"base_model.model.{SHARED}"
     if kind == "q, k, v":
         tensors = {}
-        for index, (word, rows) in enumerate({"to_q": 160, "to_k": 96, "to_v": 32, "to_gate": 5}.items()):
+        sections = {"to_q": height, "to_k": 96, "to_v": 32, "to_gate": height // 32}
+        for index, (word, rows) in enumerate(sections.items()):
             stem = f"transformer.{MODAL.replace('linear_qkv', word)}"
             tensors |= {
-                f"{stem}.lora_A.weight": random(RANK, 160),
+                f"{stem}.lora_A.weight": random(RANK, height),
                 f"{stem}.lora_B.weight": random(rows, RANK),
             }
             tensors[f"{stem}.alpha"] = torch.tensor(1.0 + index)
@@ -355,7 +356,8 @@ def test_the_host_tells_a_missing_file_once_and_on_its_input(
 def test_the_report_is_shown_on_the_node(
     model: ModelPatcher, loras: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_file({f"{SHARED}.diff": random(160, 424)}, loras / "a.safetensors")
+    shape = transformer_shapes(model.model.config)[f"{SHARED}.weight"]
+    save_file({f"{SHARED}.diff": random(*shape)}, loras / "a.safetensors")
     shown: list[str] = []
     monkeypatch.setattr("happyhorse.nodes.lora.show", shown.append)
     result = HappyHorseLoraLoader.execute(model, "a.safetensors", 0.5)

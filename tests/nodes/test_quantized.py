@@ -96,7 +96,7 @@ def test_patches_of_quantised_weights_lose_nothing_and_leave_no_trace(quantized_
     plain = "diffusion_model.final_linear_video.weight"
     changed = patcher.clone()
     known = changed.add_patches(
-        {KEY: ("diff", (delta,)), plain: ("diff", (torch.ones(192, 160),)), "none": None}
+        {KEY: ("diff", (delta,)), plain: ("diff", (torch.ones(192, 192),)), "none": None}
     )
     assert set(known) == {KEY, plain}
     patches = {

@@ -127,7 +127,7 @@ def test_the_teacher_is_guided_as_the_settings_say() -> None:
 class Line(nn.Module):
     """A transformer for data without structure: velocity = slope x + offset, for each stream its own."""
 
-    config = CONFIG
+    config, compute_dtype = CONFIG, torch.float32
 
     def __init__(self, slope: float, offset: float) -> None:
         super().__init__()

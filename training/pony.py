@@ -48,7 +48,7 @@ from .world_data import WorldData, encode_clips
 CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 3, "video_decoder": 10}  # of so many steps, each with falling learning rates
 
-LORA_BATCH, LORA_RATE = 4, 2e-3
+LORA_BATCH, LORA_RATE = 4, 1.5e-3
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Recipe:
     steps: dict[str, int] = field(
         default_factory=lambda: {
             "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 150,
-            "super_resolution": 5000, "lora": 700,
+            "super_resolution": 5000, "lora": 1000,
         }
     )  # fmt: skip
     clips: tuple[int, int] = (500, 80)
     codec_films: int = 300
     latent_clips: int = 4000
     large_latent_clips: int = 2400
-    lora_clips: tuple[int, int] = (20, 32)
+    lora_clips: tuple[int, int] = (20, 96)
     batch: int = 16
     seed: int = 0
 

@@ -13,7 +13,7 @@ from happyhorse.nodes.latents import film_latent
 from happyhorse.nodes.model import load_model
 from happyhorse.nodes.sampler import HappyHorseSampler
 
-KINDS = 3  # of layers in the pony: gelu7 by modality, swiglu7 shared, swiglu7 by modality
+KINDS = 2  # of layers in the pony: gelu7 by modality, swiglu7 shared
 
 
 @pytest.fixture(scope="module")

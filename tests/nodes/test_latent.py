@@ -16,6 +16,7 @@ from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import InputImpl, Types
 from comfy_extras import nodes_audio
 from comfy_extras.nodes_lt import LTXVConcatAVLatent
+from full_disk import disk_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -445,17 +446,10 @@ def test_saved_files_are_numbered_listed_and_hold_raw_streams(folders: Path) -> 
     assert tensors["video"].shape == (1, 48, 3, 2, 4) and tensors["audio"].shape == (1, 64, 11)
 
 
-def test_nothing_is_left_of_a_file_that_could_not_be_written(
-    folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[:10])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="no space left"):
-        saved(sampled())
+def test_nothing_is_left_of_a_file_that_could_not_be_written(folders: Path) -> None:
+    latent = sampled()
+    with disk_of(10), pytest.raises(OSError, match="the file could not be written: file too large"):
+        saved(latent)
     assert not list((folders / "output" / "latents").iterdir())
 
 

@@ -75,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         cure = "try --offload pieces, fewer --seconds or a smaller --size"
         if options and options.command == "train":  # the miniature: a LoRA has cures of its own
-            cure = "try --device cpu"
+            on_cpu = (options.device or default_device()).type == "cpu"
+            cure = "close other programs" if on_cpu else "try --device cpu"
         sys.stderr.write(f"happyhorse: out of memory ({str(error).splitlines()[0]}); {cure}\n")
         return 2
     return 0

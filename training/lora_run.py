@@ -133,9 +133,7 @@ def accelerator_on(device: torch.device, batches: int) -> Accelerator:
     return accelerator
 
 
-def train_lora(
-    job: LoraJob, stage: LoraStage, on_step: OnStep | None = None
-) -> list[dict[str, float]]:
+def train_lora(job: LoraJob, stage: LoraStage, on_step: OnStep | None = None) -> list[dict[str, float]]:
     """Train, going on from the run's checkpoint if there is one, and write the LoRA.
 
     Returns the figures of all steps. The checkpoint is deleted once the LoRA is there. Raises as `train`.

@@ -46,7 +46,7 @@ from .video_vae import WHOLE, VideoDecoderStage, VideoVAEStage
 from .world_data import WorldData, encode_clips
 
 CODEC = "codec.safetensors"
-ROUNDS = {"video_vae": 3, "video_decoder": 10}  # of so many steps, each with falling learning rates
+ROUNDS = {"video_vae": 3, "video_decoder": 12}  # of so many steps, each with falling learning rates
 
 LORA_BATCH, LORA_RATE = 4, 1.5e-3
 

@@ -28,6 +28,9 @@ WHOLE = 96  # pixels a side of a training clip
 EARLY_CROPS, LATE_CROPS, CROP_SHARE = (2, 48), (2, 64), 0.6
 DOUBLE_ROUND, DOUBLE_SHARE = 3, 0.5  # from this round on, so many crops are of clips of twice the size
 BUSY_ROUND, BUSY_TRIES = 7, 4  # from this round on, every other crop is the busiest of so many
+# From this round on, in every other step, the light decoder sees films that jump after their first frame,
+# which has this weight there: a given image must look the same whatever comes of it.
+JUMP_ROUND, JUMP_WEIGHT = 10, 8.0
 MOTION_WEIGHT, FIRST_FRAME_WEIGHT, EDGE_WEIGHT = 4.0, 2.0, 0.5
 ENCODER_EVERY, OWN_LATENTS = 3, 0.7  # steps; share of the first round before the decoder sees its encoder
 
@@ -148,9 +151,13 @@ class VideoDecoderStage(_PictureStage):
     def step(self, step: int) -> dict[str, float]:
         """Decode the latents of crops, and follow the gradient."""
         video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
+        jumps = step >= JUMP_ROUND * self.steps and step % 2 == 1
+        if jumps:
+            video = jumping(video, Random(f"{self.seed} jump {step}"))
         rough = ROUGH_NOISE if step >= ROUGH_ROUND * self.steps else None
         latents = self._noised(self.codec.encode(video), step, rough)
-        loss, psnr = picture_loss(self.decode(latents), video)
+        first = JUMP_WEIGHT if jumps else FIRST_FRAME_WEIGHT
+        loss, psnr = picture_loss(self.decode(latents), video, first)
         loss.backward()
         self._update(step)
         return {"loss": loss.item(), "psnr": psnr}
@@ -167,6 +174,12 @@ def _crops(pool: VideoPool, step: int, steps: int, seed: int) -> Tensor:
     double = DOUBLE_SHARE if step >= DOUBLE_ROUND * steps else 0.0
     tries = BUSY_TRIES if step >= BUSY_ROUND * steps else 1
     return pool.crops(*kind, Random(f"{seed} crops {step}"), double, tries)
+
+
+def jumping(video: Tensor, random: Random) -> Tensor:
+    """The films [B, 3, F, H, W], with any of their frames in place of the first."""
+    frame = random.randrange(video.shape[2])
+    return torch.cat([video[:, :, frame : frame + 1], video[:, :, 1:]], dim=2)
 
 
 def round_rate(step: int, steps: int) -> float:
@@ -196,15 +209,18 @@ def decode_film(vae: VideoVAE, latents: Tensor) -> Tensor:
     return torch.cat(chunks, dim=2)
 
 
-def picture_loss(film: Tensor, video: Tensor) -> tuple[Tensor, float]:
+def picture_loss(
+    film: Tensor, video: Tensor, first_frame: float = FIRST_FRAME_WEIGHT
+) -> tuple[Tensor, float]:
     """How far `film` is from `video`, both [B, 3, F, H, W] in [-1, 1], and its PSNR in dB.
 
-    L1 and squares, with more weight where something moves and on the first frame, and L1 of the edges.
+    L1 and squares, with more weight where something moves and `first_frame` times that of the others on the
+    first frame, and L1 of the edges.
     """
     error = film - video
     with torch.no_grad():
         weight = 1 + MOTION_WEIGHT * (video - video.median(dim=2, keepdim=True).values).abs()
-        weight[:, :, 0] *= FIRST_FRAME_WEIGHT
+        weight[:, :, 0] *= first_frame
         weight = weight / weight.mean()
     edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
     loss = (weight * (error.abs() + error.square())).mean() + EDGE_WEIGHT * edges

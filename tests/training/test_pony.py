@@ -61,9 +61,7 @@ def test_the_trained_pony_is_measured(recipe: Recipe, monkeypatch: pytest.Monkey
     assert all("hat" in found[way]["new thing"]["head"] for way in ("LoRA", "distill"))
 
 
-def test_the_new_thing_is_learnt_from_clips_of_it(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_new_thing_is_learnt_from_clips_of_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     captions = [path.read_text() for path in sorted((recipe.lora.parent / "clips").glob("*.txt"))]
     assert [" in a top hat " in text for text in captions] == [True] * 4 + [False] * 4
     assert open_lora(recipe.lora).adapters

@@ -16,6 +16,8 @@ from happyhorse.training.generators import generator
 from happyhorse.training.loop import train
 from happyhorse.training.patch_codec import PatchCodec, fit
 from happyhorse.training.video_vae import (
+    JUMP_ROUND,
+    JUMP_WEIGHT,
     LATENT_NOISE,
     ROUGH_NOISE,
     ROUGH_ROUND,
@@ -24,6 +26,8 @@ from happyhorse.training.video_vae import (
     decode_film,
     encode_film,
     fold_constants,
+    jumping,
+    picture_loss,
     psnr,
     round_rate,
     start,
@@ -133,6 +137,39 @@ def test_the_light_decoder_sees_rough_latents_in_the_last_rounds(
     assert all(size == pytest.approx(LATENT_NOISE, rel=0.1) for size in sizes[0])
     rough = [size for films in sizes[1:] for size in films]
     assert len(set(rough)) == len(rough) and max(rough) < 1.1 * ROUGH_NOISE and max(rough) > 2 * LATENT_NOISE
+
+
+def test_the_light_decoder_sees_every_other_film_jump_in_the_last_round(
+    pool: VideoPool, codec: PatchCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, jumps = _stage("video_decoder", pool, codec, steps=2), []
+
+    def loss(film: torch.Tensor, video: torch.Tensor, first_frame: float) -> tuple[torch.Tensor, float]:
+        own = video_vae._crops(pool, step, 2, seed=0)
+        assert torch.equal(video[:, :, 1:], own[:, :, 1:])
+        jumps.append((not torch.equal(video, own), first_frame))
+        return picture_loss(film, video, first_frame)
+
+    monkeypatch.setattr(video_vae, "picture_loss", loss)
+    for step in range(2 * JUMP_ROUND - 1, 2 * JUMP_ROUND + 2):
+        stage.step(step)
+    assert jumps == [(False, 2), (False, 2), (True, JUMP_WEIGHT)]
+
+
+def test_a_jump_puts_another_of_the_frames_first() -> None:
+    film = torch.arange(7.0).view(1, 1, 7, 1, 1)
+    starts = {jumping(film, Random(seed))[0, 0, 0].item() for seed in range(50)}
+    assert starts == set(range(7))
+
+
+def test_the_first_frame_can_weigh_more() -> None:
+    film = torch.zeros(1, 3, 5, 4, 4)
+    video = film.clone()
+    video[:, :, 0] = 0.5
+    losses = [picture_loss(film, video, weight)[0] for weight in (1, 2, 8)]
+    motion = 1 + video_vae.MOTION_WEIGHT * 0.5  # the first frame differs from the others
+    shares = [motion * weight / (4 + motion * weight) for weight in (1, 2, 8)]
+    assert [float(loss) for loss in losses] == pytest.approx([share * (0.5 + 0.25) for share in shares])
 
 
 @pytest.mark.parametrize("part", ["video_vae", "video_decoder"])

@@ -66,7 +66,7 @@ class Recipe:
     compiled: bool = False
     steps: dict[str, int] = field(
         default_factory=lambda: {
-            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 150,
+            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 250,
             "super_resolution": 5000, "lora": 1000,
         }
     )  # fmt: skip
@@ -247,7 +247,7 @@ def train_distill(recipe: Recipe) -> None:
         base,
         recipe.data(recipe.batch // 3),
         recipe.negative,
-        Dmd2Settings(recipe.seed, video_guidance=1.5, audio_guidance=1.2),
+        Dmd2Settings(recipe.seed, video_guidance=3.0, audio_guidance=1.2),
         recipe.accelerator,
         recipe.trained("text_encoder"),
         recipe.compiled,

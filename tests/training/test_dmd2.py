@@ -124,6 +124,15 @@ def test_the_teacher_is_guided_as_the_settings_say() -> None:
     torch.testing.assert_close(found.video, 3 * plain.video - 2 * opposite.video)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_films_are_noised_at_levels_of_their_own_shift(shift: float) -> None:
+    trained = stage(Dmd2Settings(noise_shift=shift))
+    assert torch.equal(trained.sigmas, flow_sigmas(8))  # the sampler's stay as they are
+    film = Latents(torch.zeros(1000, 1, 1, 1, 1), torch.zeros(1000, 1, 1))
+    sigma, _ = trained._noise(film, generator(0, "levels"))
+    assert sigma.median().item() == pytest.approx(shift / (1 + shift), abs=0.01)
+
+
 class Line(nn.Module):
     """A transformer for data without structure: velocity = slope x + offset, for each stream its own."""
 
@@ -147,10 +156,10 @@ class Shapes:
         return Batch(Latents(torch.zeros(8, 4, 3, 4, 4), torch.zeros(8, 48, 4)), torch.zeros(8, 2, 12))
 
 
-def fitted_line(mean: float, deviation: float) -> Line:
-    """The best line for normally distributed data over the noise levels of training."""
+def fitted_line(mean: float, deviation: float, shift: float) -> Line:
+    """The best line for normally distributed data over the shifted noise levels of training."""
     u = (torch.arange(4000) + 0.5) / 4000
-    sigma = 5 * u / (1 + 4 * u)
+    sigma = shift * u / (1 + (shift - 1) * u)
     square = mean**2 + deviation**2
     # moments of x = (1 - sigma) clean + sigma noise and of noise - clean
     x, xx = ((1 - sigma) * mean).mean(), ((1 - sigma) ** 2 * square + sigma**2).mean()
@@ -165,7 +174,8 @@ def test_the_student_comes_to_make_what_its_teacher_was_trained_on() -> None:
         video_guidance=1.0, audio_guidance=1.0,
     )  # fmt: skip
     negative = torch.zeros(1, 2, 12)
-    trained = Dmd2Stage(fitted_line(mean, deviation), Shapes(), negative, settings, Accelerator(cpu=True))
+    base = fitted_line(mean, deviation, settings.noise_shift)
+    trained = Dmd2Stage(base, Shapes(), negative, settings, Accelerator(cpu=True))
 
     def distance() -> float:
         network, noise = FlowNetworks(trained.trained()), FilmNoise(3)

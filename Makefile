@@ -46,7 +46,7 @@ bench: $(VENV)/.ready-test $(COMFYUI:%=$(HOST)/.ready)
 	$(BIN)/python benchmarks/small_films.py
 	$(if $(COMFYUI),$(HOST)/bin/python benchmarks/host_overhead.py,@echo "no ComfyUI: the nodes' overhead is not measured")
 
-# Trains the built-in miniature again, in some seven hours on two cores; goes on where it was stopped.
+# Trains the built-in miniature again, in some eight hours on two cores; goes on where it was stopped.
 pony: $(VENV)/.ready-test
 	$(BIN)/happyhorse train pony --compile
 

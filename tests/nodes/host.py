@@ -256,8 +256,13 @@ class Client:
         self.send("/interrupt", {})
 
     def free(self) -> None:
-        """Unload all models and forget cached results."""
+        """Unload all models and forget cached results.
+
+        The host overlooks what is asked while it tidies up after a prompt, and answers before it has done it.
+        """
+        time.sleep(0.5)
         self.send("/free", {"free_memory": True})  # implies the other; the host may miss one of two
+        time.sleep(0.5)
 
     def upload(self, file: Path) -> str:
         """Put an image, a sound or a film into the input folder and return its name for a Load node."""

@@ -135,8 +135,7 @@ def files_of(client: Client, *folders: str) -> set[Path]:
 
 
 def test_progress_reaches_the_last_step_of_loaders_sampler_and_decoder(client: Client) -> None:
-    client.send("/free", {"free_memory": True})
-    time.sleep(0.5)
+    client.free()
     run = client.run(film(seed=11, steps=3))
     assert progress_of(run, "sampler") == [(1, 3), (2, 3), (3, 3)]
     for name in (*LOADERS, "save"):
@@ -295,9 +294,7 @@ def test_a_damaged_model_does_not_break_the_next_prompt(client: Client) -> None:
 
 def test_after_free_the_same_film_is_made_anew(client: Client) -> None:
     first = client.run(film(seed=61))
-    time.sleep(0.5)  # the host overlooks what is asked while it tidies up after a prompt
-    client.send("/free", {"free_memory": True})  # unloads models, too
-    time.sleep(0.5)
+    client.free()
     again = client.run(film(seed=61))
     assert set(again.executed) == set(film())
     assert np.array_equal(frames(first.files[0]), frames(again.files[0]))

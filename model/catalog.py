@@ -49,7 +49,7 @@ def find(part: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"there is no folder {folder} to look for the {part.replace('_', ' ')} in; give the folder of "
-            "the models, or try the pony, which needs no files (--preset pony)"
+            "the models (--models), or try the pony, which needs no files (--preset pony)"
         )
     raise FileNotFoundError(
         f"no {part.replace('_', ' ')} in {folder} (looked for {', '.join(source.patterns)}); "

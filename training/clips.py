@@ -63,7 +63,10 @@ def find_clips(folder: Path) -> list[Clip]:
         raise FileNotFoundError(f"{folder} is not a folder; give one that holds clips and their captions")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in CLIPS and path.is_file())
     if not paths:
-        raise ValueError(f"{folder} holds no clips; put films ({', '.join(CLIPS)}) and their captions there")
+        raise ValueError(
+            f"{folder} holds no clips (folders in it are not searched); give the folder of the films "
+            f"({', '.join(CLIPS)}) and their captions"
+        )
     listed = folder / CAPTIONS
     captions = _listed_captions(listed, {path.name for path in paths}) if listed.exists() else {}
     return [Clip(path, _caption(path, captions.get(path.name))) for path in paths]

@@ -22,6 +22,12 @@ from .plot import line_plot
 
 log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"
+# settings of which a run knows a checksum only: what to say where it differs
+CHECKSUMS = {
+    "data": "other clips, captions, batches or encoders",
+    "negative": "another negative prompt or text encoder",
+    "base_file": "another file of the base",
+}
 
 OnStep = Callable[[int, int, dict[str, float]], None]  # steps done, of how many, figures of the last one
 
@@ -280,7 +286,7 @@ def _check_fingerprint(
     path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], elsewhere: str
 ) -> None:
     differing = [
-        f"{name} {found.get(name, 'absent')} (now {expected.get(name, 'absent')})"
+        CHECKSUMS.get(name) or f"{name} {found.get(name, 'absent')} (now {expected.get(name, 'absent')})"
         for name in sorted(found.keys() | expected.keys())
         if found.get(name, ...) != expected.get(name, ...)
     ]

@@ -90,7 +90,8 @@ def targets(settings: LoraSettings, config: TransformerConfig) -> dict[str, tupl
     chosen = parse_blocks(settings.blocks) if settings.blocks.strip() else range(config.num_layers)
     if max(chosen) >= config.num_layers:
         raise ValueError(
-            f"blocks name layer {max(chosen)}, but the model's layers are 0-{config.num_layers - 1}"
+            f"blocks name layer {max(chosen)}, but the model's layers are 0-{config.num_layers - 1}; name "
+            "layers among these"
         )
     leaves = {"attention": ("linear_qkv", "linear_proj"), "mlp": ("up_gate_proj", "down_proj")}
     names = [

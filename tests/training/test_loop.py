@@ -217,9 +217,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_save(tmp_path
 
 
 def test_a_checkpoint_of_other_settings_is_refused_and_names_what_differs(tmp_path: Path) -> None:
-    interrupted_at(2, tmp_path, seed=1, hard=True)
+    interrupted_at(2, tmp_path, seed=1, hard=True, data="5fd1")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    sentence = "trained with hard True (now absent), seed 1 (now 0); give the same settings or another folder"
+    sentence = (
+        "trained with other clips, captions, batches or encoders, hard True (now absent), seed 1 (now 0); "
+        "give the same settings or another folder"
+    )
     with pytest.raises(ValueError, match=re.escape(sentence)):
         train(SmallStage(), tmp_path, STEPS, title=TITLE)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -48,9 +48,11 @@ def run_train(options: argparse.Namespace, bars: Callable[[], AbstractContextMan
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        on_cpu = (options.device or default_device()).type == "cpu"  # where streamed layers save nothing
+        fewer = "" if on_cpu else "fewer layers on the device (--resident), "
         raise MemoryError(
-            f"out of memory ({str(error).splitlines()[0]}); try fewer layers on the device (--resident), "
-            "fewer --seconds, a smaller --size or --batch 1"
+            f"out of memory ({str(error).splitlines()[0]}); try {fewer}fewer --seconds, a smaller --size "
+            "or --batch 1"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """`happyhorse train lora` on the miniature: from clips to a LoRA that films are made with."""
 
+import argparse
 import contextlib
 import json
 import logging
@@ -210,6 +211,37 @@ def test_what_cannot_be_used_is_one_sentence(
     out.write_bytes(b"kept")
     assert "exists; give another name, or --overwrite" in refused(capsys, clips, out, pony_folder)
     assert out.read_bytes() == b"kept"
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_dear_work(
+    clips: Path, pony_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("happyhorse.training.lora_run.prepare_clips", None)
+    folder, out = tmp_path / "run", tmp_path / "a.safetensors"
+    folder.touch()
+    assert "run is a file; give another folder" in refused(
+        capsys, clips, out, pony_folder, "--resume", folder
+    )
+    folder.unlink()
+    folder.mkdir()
+    monkeypatch.setattr(loop, "try_lock", lambda _: False)  # another run has it
+    assert "another run trains in" in refused(capsys, clips, out, pony_folder, "--resume", folder)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_out_of_memory_advises_what_helps_on_the_device(
+    clips: Path, pony_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], device: str,
+) -> None:  # fmt: skip
+    def full(options: argparse.Namespace, *_: object) -> int:
+        options.device = torch.device(device)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(train_cli, "_train", full)
+    message = refused(capsys, clips, tmp_path / "a.safetensors", pony_folder)
+    assert "can't allocate memory); try " in message and "a smaller --size" in message
+    assert ("--resident" in message) == (device == "cuda")
 
 
 def test_the_folder_of_a_run_lies_beside_the_lora() -> None:

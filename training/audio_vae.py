@@ -38,6 +38,7 @@ CLIPS = 400
 class AudioVAEStage:
     """The training of an audio VAE, in plain convolutions; see `training.loop.Stage`.
 
+    Its rates fall to nothing from the start, which is what a running mean of the weights would be for.
     With `compiled`, which needs a C++ compiler, a step takes two thirds of the time.
     """
 

@@ -28,9 +28,9 @@ from ..model.packing import Latents
 from ..model.prompt import Tokenizer, encode_prompt
 from ..model.run_block import RunBlock
 from ..model.stream_writer import write_tensors
-from ..model.weight_files import open_weights
 from ..sampler.parts import Parts, Progress, default_vae_dtype, part_dtype
 from ..sampler.placement import Placement
+from .files import naming, read_tensors
 from .flow import Batch
 from .generators import generator
 
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 CAPTIONS = "captions.jsonl"
 ENLARGED = 1.5  # times; clips that must be enlarged more are told
+SHORT_SOUND = 0.25  # seconds; clips whose sound ends so much before are told
 EARLY = 0.25 / FPS  # a picture may come so many seconds after its time, as time stamps are rounded
 ROLES = ("text_encoder", "video_vae", "audio_vae")
 
@@ -149,6 +150,12 @@ def read_clip(path: Path, shape: FilmShape) -> tuple[Tensor, Tensor]:
     shift = round(late * ENCODE_RATE)
     sound = sound[:, max(0, -shift) :]  # one that begins before the picture is cut
     sound = F.pad(sound, (min(max(0, shift), samples), 0))[:, :samples]
+    missing = (samples - sound.shape[1]) / ENCODE_RATE
+    if missing > SHORT_SOUND:
+        log.warning(
+            "%s has no sound in the last %.1f of %.1f s, where silence is learnt; give a clip whose sound "
+            "is as long as its picture", path, missing, shape.seconds,
+        )  # fmt: skip
     return torch.stack(frames, dim=2), F.pad(sound, (0, samples - sound.shape[1]))
 
 
@@ -246,8 +253,8 @@ class ClipData:
             order = torch.randperm(len(clips), generator=draw).split(self.batch_size)
             batches += [[clips[i] for i in part] for part in order]
         chosen = batches[torch.randperm(count, generator=draw)[index % count]]
-        films = [_read(self.latents[clip]) for clip in chosen]
-        texts = [_read(self.texts[clip])["text"].float() for clip in chosen]
+        films = [read_tensors(self.latents[clip])[0] for clip in chosen]
+        texts = [read_tensors(self.texts[clip])[0]["text"].float() for clip in chosen]
         clean = Latents(*(torch.cat([film[stream] for film in films]) for stream in ("video", "audio")))
         return Batch(clean, torch.cat(texts))
 
@@ -302,7 +309,8 @@ def prepare_clips(
     Raises as `find_clips` and `read_clip`, and OSError where the cache cannot be written.
     """
     clips = find_clips(folder)
-    cache.mkdir(parents=True, exist_ok=True)
+    with naming(cache, "another folder"):
+        cache.mkdir(parents=True, exist_ok=True)
     size, names = asdict(shape), encoders.names
     texts = [
         cache / f"text-{_digest([text, names['text_encoder']])}.safetensors"
@@ -312,7 +320,7 @@ def prepare_clips(
     latents = [cache / f"clip-{_digest([_content(clip.path), size, vaes])}.safetensors" for clip in clips]
     _encode_clips(clips, latents, shape, encoders, device, progress)  # first, as what is wrong is wrong here
     _encode_texts(clips, negative, texts, encoders, progress)
-    lengths = tuple(open_weights(path).tensors["text"].shape[1] for path in texts[:-1])
+    lengths = tuple(read_tensors(path)[0]["text"].shape[1] for path in texts[:-1])
     batches = sum(-(-lengths.count(length) // batch_size) for length in set(lengths))
     if batches > -(-len(clips) // batch_size):
         log.warning(
@@ -320,7 +328,7 @@ def prepare_clips(
             "tokens are computed at once; let an update have several batches instead (accumulation)",
             len(clips) / batches, batch_size,
         )  # fmt: skip
-    states = _read(texts[-1])["text"].float()
+    states = read_tensors(texts[-1])[0]["text"].float()
     return ClipData(tuple(latents), tuple(texts[:-1]), lengths, states, texts[-1].name, batch_size, seed)
 
 
@@ -372,16 +380,6 @@ def _encode_clips(
             check_finite(tensors, f"encoding {clip.path}", cure)
             write_tensors(path, tensors)
             progress("clips", done, len(missing))
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        file = open_weights(path)
-        return {name: file.read(name) for name in file.tensors}
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(
-            f"{path} in the cache cannot be read ({error}); delete it and start again"
-        ) from error
 
 
 def _digest(value: Any) -> str:

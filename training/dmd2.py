@@ -166,11 +166,11 @@ class Dmd2Stage:
             "stage": "dmd2",
             **asdict(settings),
             "batches": accelerator.gradient_accumulation_steps,
-            "base": checksum(*base.parameters()),
+            "base_checksum": checksum(*base.parameters()),
             "config": base.config.to_dict(),
             "dtype": str(base.compute_dtype),
             "data": data.fingerprint,
-            "negative": checksum(self.negative),
+            "negative_checksum": negative_checksum(negative, text_encoder),
         }
         if compiled:
             for networks in (self.student, self.fake, self.base):
@@ -273,6 +273,11 @@ class Task(NamedTuple):
 
 
 @torch.no_grad()
+def negative_checksum(negative: Tensor, text_encoder: TextEncoder | None) -> int:
+    """Of what states are computed from: they themselves are rounded differently by other processors."""
+    return checksum(negative, *(() if text_encoder is None else text_encoder.parameters()))
+
+
 def text_states(text_encoder: TextEncoder | None, text: Tensor) -> Tensor:
     """States [B, L, C] of tokens [B, L], int64; what already is states stays as it is."""
     return text if text_encoder is None or text.is_floating_point() else text_encoder(text)

@@ -227,7 +227,7 @@ class FlowStage:
             "config": self.networks.transformer.config.to_dict(),
             "dtype": str(self.networks.transformer.compute_dtype),
             "data": self.data.fingerprint,
-            "negative": checksum(self.negative),  # states, if the text encoder stays as it is: they tell it
+            "negative_checksum": checksum(self.negative),
         }
 
     def step(self, step: int) -> dict[str, float]:

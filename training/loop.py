@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..model.file_lock import NO_LOCKS, try_lock
+from .files import naming, write_whole
 from .plot import line_plot
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,9 @@ CHECKPOINT = "checkpoint.pt"
 # settings of which a run knows a checksum only: what to say where it differs
 CHECKSUMS = {
     "data": "other clips, captions, batches or encoders",
-    "negative": "another negative prompt or text encoder",
+    "negative_checksum": "another negative prompt or text encoder",
     "base_file": "another file of the base",
+    "base_checksum": "another base",
 }
 
 OnStep = Callable[[int, int, dict[str, float]], None]  # steps done, of how many, figures of the last one
@@ -75,7 +77,7 @@ def train(
     ValueError for a checkpoint that is damaged or of other settings, for figures that are not finite, and
     where another run is at work in `folder`; `elsewhere` is what the messages tell to give for a new run.
     """
-    with _alone_in(folder, title, elsewhere):
+    with alone_in(folder, title, elsewhere):
         run = _Run(stage, folder, title, elsewhere)
         if run.done > steps:
             raise ValueError(
@@ -145,13 +147,18 @@ class _Run:
 
     def save(self) -> None:
         """Write the log first: it must reach at least as far as the checkpoint."""
-        with _naming(self.log, self.elsewhere), self.log.open("a", encoding="utf-8") as file:
+        state = {"done": self.done, "fingerprint": self.fingerprint, "stage": self.stage.state_dict()}
+        _check_plain(state, "state")
+        if broken := next(_not_finite(state["stage"], "stage"), None):
+            raise ValueError(
+                f"{self.title}: {broken} has values that are not finite after {self.done} steps; lower the "
+                f"learning rate and give {self.elsewhere} ({self.checkpoint.parent} keeps what was saved)"
+            )
+        with naming(self.log, self.elsewhere), self.log.open("a", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(figures)}\n" for figures in self.figures[self.logged :])
             file.flush()
             os.fsync(file.fileno())
         self.logged = len(self.figures)
-        state = {"done": self.done, "fingerprint": self.fingerprint, "stage": self.stage.state_dict()}
-        _check_plain(state, "state")
         write_whole(self.checkpoint, lambda file: torch.save(state, file), self.elsewhere)
         self.draw()
 
@@ -181,17 +188,18 @@ def check_settings(folder: Path, settings: Mapping[str, Any], elsewhere: str = "
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path, title: str, elsewhere: str) -> Iterator[None]:
+def alone_in(folder: Path, title: str, elsewhere: str) -> Iterator[None]:
     """Make the folder of a run, and let no other run use it meanwhile."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give {elsewhere} for the checkpoints of {title}")
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder, elsewhere):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"  # stays: one that is removed could be locked by two
-    with _naming(path, elsewhere):
+    with naming(path, elsewhere):
         file = path.open("ab")
     with file:
         free = True  # as far as can be told where the file system has no locks
-        with _naming(path, elsewhere):
+        with naming(path, elsewhere):
             try:
                 free = try_lock(file)
             except OSError as error:
@@ -224,37 +232,6 @@ def _interrupt_between_steps() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def write_whole(path: Path, write: Callable[[Path], object], elsewhere: str) -> None:
-    """Let `write` make a file, which then takes the place of `path` at once.
-
-    Raises OSError where that fails, which advises giving `elsewhere`, such as "another folder".
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with _naming(path, elsewhere):
-            write(temporary)
-            with temporary.open("rb+") as file:  # a power cut must not leave an empty one
-                os.fsync(file.fileno())
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _naming(path: Path, elsewhere: str) -> Iterator[None]:
-    """Raise what goes wrong in writing as an OSError that names `path`."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch reports a full disk as the latter, and so what a device did wrong
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-        raise OSError(
-            f"{path} could not be written ({reason}); free some space or give {elsewhere}, then run again"
-        ) from error
-
-
 def _read(path: Path, elsewhere: str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -280,6 +257,18 @@ def _check_plain(value: object, name: str) -> None:
         raise TypeError(
             f"{name} is a {type(value).__name__}; a checkpoint holds tensors and plain Python only"
         )
+
+
+def _not_finite(value: object, name: str) -> Iterator[str]:
+    """The names of tensors with values that are not finite."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _not_finite(part, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _not_finite(part, f"{name}.{index}")
+    elif isinstance(value, Tensor) and not value.isfinite().all():
+        yield name
 
 
 def _check_fingerprint(

@@ -14,7 +14,7 @@ from ..model.geometry import FilmShape
 from ..sampler.parts import Progress, default_vae_dtype
 from ..sampler.plan import Room, plan_film
 from .clips import ROLES, Encoders, file_identity, prepare_clips
-from .loop import CHECKPOINT, OnStep, check_settings, train
+from .loop import CHECKPOINT, OnStep, alone_in, check_settings, train
 from .lora import LoraSettings, LoraStage, targets
 from .lora_memory import lora_stage_need, resident_layers
 
@@ -47,7 +47,10 @@ class LoraJob:
     @property
     def told(self) -> dict[str, Any]:
         """What a run must be continued with, as far as the job says it."""
-        return {**asdict(self.settings), **asdict(self.shape), "batch": self.batch, "negative": self.negative}
+        return {
+            **asdict(self.settings), **asdict(self.shape), "batch": self.batch,
+            "negative_prompt": self.negative,
+        }  # fmt: skip
 
 
 def prepare_lora(
@@ -73,7 +76,9 @@ def prepare_lora(
     for name, number in (("batch", job.batch), ("batches", job.batches)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    check_settings(job.folder, job.told, job.elsewhere)
+    if job.folder.exists():  # another run in it would be found only after this one has encoded and loaded
+        with alone_in(job.folder, TITLE, job.elsewhere):
+            check_settings(job.folder, job.told, job.elsewhere)
     accelerator = accelerator_on(device, job.batches)
     need = lora_stage_need(transformer, job.shape, job.settings, job.batch, dtype, device)
     resident = resident_layers(need, device, room, job.resident)

@@ -48,6 +48,7 @@ from .evaluate import (
     make_prompts,
     prompts_for,
 )
+from .files import write_whole
 from .report import NETWORKS, contact_sheet, write_report, write_summary
 
 SHOWN = 3  # prompts of each world on the contact sheet
@@ -151,7 +152,8 @@ def measure(
             shown |= {
                 f"{words} (given: {mode})": film_path(out / "films", mode, world, seed) for mode in way.modes
             }
-    contact_sheet(shown).save(out / "films.png")
+    sheet = contact_sheet(shown)
+    write_whole(out / "films.png", lambda path: sheet.save(path, "png"), "another folder")
     return figures
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..model.stream_writer import write_tensors
+from .files import read_tensors
 
 FRAMES, SIDE, CHANNELS = 4, 16, 48
 
@@ -45,8 +45,8 @@ class PatchCodec:
 
     @classmethod
     def from_file(cls, path: Path) -> "PatchCodec":
-        """Read what `save` wrote."""
-        return cls(**load_file(path))
+        """Read what `save` wrote; raises ValueError naming a file that cannot be read."""
+        return cls(**read_tensors(path)[0])
 
 
 def fit(films: Iterable[Tensor], generator: torch.Generator) -> PatchCodec:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..model.geometry import FILM_RATE
 from .evaluate import CHANCE, LOOKS, SHUFFLED, Figures, read_film
-from .loop import write_whole
+from .files import write_whole
 
 NETWORKS = "networks"  # in the place of a mode: how near films that went through the VAEs are
 

@@ -22,7 +22,7 @@ from ..model.transformer import JointTransformer
 from ..sampler.noise import normal_like
 from ..sampler.schedule import SHIFT
 from ..sampler.super_resolution import prepare
-from .dmd2 import text_states
+from .dmd2 import negative_checksum, text_states
 from .flow import FlowStage, Held, LossWeights, VelocityFunction, flow_loss, sample_sigmas
 from .generators import checksum, generator
 from .world_data import WorldData
@@ -119,16 +119,21 @@ class SuperResolutionStage(FlowStage):
     ) -> None:
         device = accelerator.device
         frozen = None if text_encoder is None else text_encoder.to(device).requires_grad_(False)
-        negative = text_states(frozen, negative.to(device))
-        super().__init__(transformer, data, negative, settings, accelerator, compiled=compiled)
+        states = text_states(frozen, negative.to(device))
+        super().__init__(transformer, data, states, settings, accelerator, compiled=compiled)
+        self.negative_checksum = negative_checksum(negative, text_encoder)
         self.text_encoder = frozen
         self.metric = None if metric is None else metric.to(device)
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
         """The settings that a run must be continued with."""
-        metric = None if self.metric is None else checksum(self.metric)
-        return {**super().fingerprint, "stage": "super_resolution", "metric": metric}
+        return {
+            **super().fingerprint,
+            "stage": "super_resolution",
+            "metric": None if self.metric is None else checksum(self.metric),
+            "negative_checksum": self.negative_checksum,
+        }
 
     def _loss(self, index: int) -> tuple[Tensor, dict[str, float]]:
         pairs = self.data.batch(index)

@@ -7,8 +7,6 @@ from pathlib import Path
 from random import Random
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..model.packing import Latents
@@ -17,6 +15,7 @@ from ..model.stream_writer import write_tensors
 from .data.clip import SIZE
 from .data.pool import Progress, to_video, training_clip, training_clip_attributes
 from .data.world import Head, body, caption
+from .files import read_tensors
 from .flow import Batch
 
 BODY_ONLY = 0.15  # share of batches whose captions are the first part alone
@@ -52,11 +51,10 @@ def encode_clips(
             progress(index + 1, count)
         write_tensors(path, found, {"made_with": made_with})
         del found
-    with safe_open(path, "pt") as file:
-        told = (file.metadata() or {}).get("made_with")
+    latents, metadata = read_tensors(path)
+    told = metadata.get("made_with")
     if told != made_with:
         raise ValueError(f"{path} was made with other networks ({told}, now {made_with}); delete it")
-    latents = load_file(path)
     if any(len(part) != count for part in latents.values()):
         number = len(next(iter(latents.values())))
         raise ValueError(f"{path} holds {number} clips, {count} were asked for; delete it")

@@ -28,13 +28,14 @@ NEGATIVE = "blurry"
 
 
 def write_clip(
-    path: Path, seconds: float = 0.6, size: tuple[int, int] = (64, 32), seed: int = 0, sound: bool = True
-) -> Path:
+    path: Path, seconds: float = 0.6, size: tuple[int, int] = (64, 32), seed: int = 0, sound: bool = True,
+    sound_seconds: float | None = None,
+) -> Path:  # fmt: skip
     """A clip whose whole picture has one grey after the other, and a tone that begins at 0.2 s."""
     frames = round(25 * seconds)
     greys = (torch.arange(frames) * 15 + 10 * seed) % 256
     pixels = greys[:, None, None, None].expand(frames, size[1], size[0], 3).to(torch.uint8)
-    times = torch.arange(round(seconds * FILM_RATE)) / FILM_RATE
+    times = torch.arange(round((sound_seconds or seconds) * FILM_RATE)) / FILM_RATE
     tone = 0.5 * torch.sin(2 * torch.pi * 880 * times) * (times >= 0.2)
     with FilmWriter(path, *size, sound=sound) as film:
         if sound:
@@ -290,12 +291,35 @@ def test_a_stop_leaves_only_whole_files_and_the_next_start_goes_on(
     assert told == [("clips", 0, 1), ("clips", 1, 1), *(("captions", done, 3) for done in range(4))]
 
 
+def test_a_clip_whose_sound_ends_early_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole, short = (
+        write_clip(tmp_path / f"{seconds}.mp4", 1.2, sound_seconds=seconds) for seconds in (1.2, 0.5)
+    )
+    shape = FilmShape(64, 32, 25)
+    read_clip(whole, shape)
+    assert not caplog.messages
+    _, sound = read_clip(short, shape)
+    assert "0.5.mp4 has no sound in the last 0.5 of 1.0 s, where silence is learnt" in caplog.text
+    assert sound.shape[1] == shape.audio_latents * ENCODE_RATE // 25 and not sound[:, -20000:].any()
+
+
 def test_a_damaged_file_of_the_cache_is_named(tmp_path: Path, encoders: Encoders) -> None:
     folder = write_folder(tmp_path / "clips", {"a": "a red circle"})
     data, _ = prepared(folder, encoders)
     data.latents[0].write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"clip-.*in the cache cannot be read .*delete it"):
+    with pytest.raises(ValueError, match=r"cache.clip-.* cannot be read .*; delete it and run again"):
         data.batch(0)
+    data.texts[0].write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"cache.text-.* cannot be read .*; delete it and run again"):
+        prepared(folder, encoders)
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, encoders: Encoders) -> None:
+    folder = write_folder(tmp_path / "clips", {"a": "a red circle"})
+    (folder / "cache").write_bytes(b"kept")
+    with pytest.raises(OSError, match=r"cache could not be written .*; free some space or give another"):
+        prepared(folder, encoders)
+    assert (folder / "cache").read_bytes() == b"kept"
 
 
 def test_the_networks_are_gone_when_the_data_is_ready(tmp_path: Path, encoders: Encoders) -> None:

@@ -286,5 +286,16 @@ def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
     train(stage(FlowSettings(steps=1)), tmp_path, 1, title="run")
     other = Random()
     other.fingerprint = "another"
-    with pytest.raises(ValueError, match=r"data random \(now another\)"):
+    with pytest.raises(ValueError, match="with other clips, captions, batches or encoders; give"):
         train(stage(FlowSettings(steps=1), other), tmp_path, 1, title="run")
+
+
+def test_a_run_with_another_negative_prompt_or_share_of_it_is_refused(tmp_path: Path) -> None:
+    settings = FlowSettings(steps=1)
+    train(stage(settings), tmp_path, 1, title="run")
+    with pytest.raises(ValueError, match=r"with negative 0\.1 \(now 0\.9\); give"):
+        train(stage(replace(settings, negative=0.9)), tmp_path, 1, title="run")
+    other = stage(settings)
+    other.negative = other.negative + 1
+    with pytest.raises(ValueError, match="with another negative prompt or text encoder; give"):
+        train(other, tmp_path, 1, title="run")

@@ -216,6 +216,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_save(tmp_path
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["done"] == 7
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    stage = SmallStage()
+
+    def spoil(step: int) -> float:
+        if step == STEPS - 1:  # after which no loss would tell
+            stage.net[2].bias.register_hook(lambda gradient: gradient * math.nan)
+        return 0.0
+
+    stage.before_step = spoil
+    interrupted_at(7, tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    sentence = f"{TITLE}: stage.net.2.bias has values that are not finite after {STEPS} steps; lower the"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        train(stage, tmp_path, STEPS, title=TITLE)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_a_checkpoint_of_other_settings_is_refused_and_names_what_differs(tmp_path: Path) -> None:
     interrupted_at(2, tmp_path, seed=1, hard=True, data="5fd1")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

@@ -182,8 +182,10 @@ def test_a_run_of_other_settings_or_on_other_data_is_refused(
     train(stage(settings), tmp_path, 1, title="run")
     with pytest.raises(ValueError, match="rough_blur"):
         train(stage(replace(settings, rough_blur=0.0)), tmp_path, 1, title="run")
+    with pytest.raises(ValueError, match=r"with negative 0\.1 \(now 0\.0\); give"):
+        train(stage(replace(settings, negative=0.0)), tmp_path, 1, title="run")
     monkeypatch.setattr(Random, "fingerprint", "another")
-    with pytest.raises(ValueError, match=r"data random \(now another\)"):
+    with pytest.raises(ValueError, match="with other clips, captions, batches or encoders; give"):
         train(stage(settings), tmp_path, 1, title="run")
 
 

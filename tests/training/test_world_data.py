@@ -68,3 +68,6 @@ def test_latents_are_made_once(tmp_path: Path) -> None:
         encode_clips(path, 4, encoders, "these")
     with pytest.raises(ValueError, match=r"other networks \(these, now others\); delete it"):
         encode_clips(path, 3, encoders, "others")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"latents\.safetensors cannot be read .*; delete it and run again"):
+        encode_clips(path, 3, encoders, "these")

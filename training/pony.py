@@ -46,7 +46,7 @@ from .video_vae import WHOLE, VideoDecoderStage, VideoVAEStage
 from .world_data import WorldData, encode_clips
 
 CODEC = "codec.safetensors"
-ROUNDS = {"video_vae": 3, "video_decoder": 12}  # of so many steps, each with falling learning rates
+ROUNDS = {"video_vae": 3, "video_decoder": 13}  # of so many steps, each with falling learning rates
 
 LORA_BATCH, LORA_RATE = 4, 1.5e-3
 
@@ -66,7 +66,7 @@ class Recipe:
     compiled: bool = False
     steps: dict[str, int] = field(
         default_factory=lambda: {
-            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 250,
+            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 400,
             "super_resolution": 5000, "lora": 1000,
         }
     )  # fmt: skip

@@ -4,7 +4,7 @@
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,6 +39,7 @@ from .measure import measure_all, write_render
 from .patch_codec import PatchCodec, fit
 from .super_resolution import (
     PairData,
+    PairsInTurns,
     SuperResolutionSettings,
     SuperResolutionStage,
 )
@@ -74,6 +75,7 @@ class Recipe:
     codec_films: int = 300
     latent_clips: int = 4000
     large_latent_clips: int = 2400
+    encoded_clips: int = 800
     lora_clips: tuple[int, int] = (20, 96)
     batch: int = 16
     seed: int = 0
@@ -127,6 +129,15 @@ class Recipe:
             latents = encode_clips(path, self.latent_clips, encoders, made_with, progress=progress)
         self.__dict__.pop("pool", None)  # a gigabyte that is no longer needed
         return WorldData(latents, self.tokenizer, films, self.seed)
+
+    def encoded_latents(self) -> Mapping[str, Tensor]:
+        """Latents of the first training clips as the VAE encodes them, which blurs what moves."""
+        encoders = {"video": self.trained("video_vae").encode, "audio": self.trained("audio_vae").encode}
+        files = {name: self.out / pony.FILES[name] for name in ("video_vae", "audio_vae")}
+        made_with = ", ".join(f"{name} {_checksum(path)}" for name, path in files.items())
+        path = self.runs / "encoded_latents.safetensors"
+        with _bar("encoded latents") as progress, torch.inference_mode():
+            return encode_clips(path, self.encoded_clips, encoders, made_with, progress=progress)
 
     def large_latents(self) -> Tensor:
         """Video latents of the first training clips at twice the size."""
@@ -257,13 +268,21 @@ def train_distill(recipe: Recipe) -> None:
 
 
 def train_super_resolution(recipe: Recipe) -> None:
-    """One super-resolution transformer for both variants; in the larger one it sees windows of frames."""
+    """One super-resolution transformer for both variants; in the larger one it sees windows of frames.
+
+    Half of the small films are as the codec has them, and nearly as the transformers make them; the others
+    went through the VAE, as films that users give.
+    """
     transformer = JointTransformer(PONY.transformers["540p_sr"], compute_dtype=recipe.compute_dtype)
     initialise(transformer, recipe.seed)
-    small = recipe.data(recipe.batch // 4)
+    small, large = recipe.data(recipe.batch // 4), recipe.large_latents()
+    encoded = recipe.encoded_latents()
     stage = SuperResolutionStage(
         transformer,
-        PairData(small.latents, recipe.large_latents(), recipe.tokenizer, small.size, recipe.seed),
+        PairsInTurns(
+            PairData(small.latents, large, recipe.tokenizer, small.size, recipe.seed),
+            PairData(encoded, large[: recipe.encoded_clips], recipe.tokenizer, small.size, recipe.seed),
+        ),
         recipe.negative,
         SuperResolutionSettings(recipe.steps["super_resolution"], recipe.seed, negative=0.0),
         recipe.accelerator,

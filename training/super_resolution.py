@@ -76,6 +76,22 @@ class PairData:
         return Pairs(small.clean, large.clean.video, small.text)
 
 
+class PairsInTurns:
+    """A batch of each world from one of `data`, then two from the next, and from the first again."""
+
+    def __init__(self, *data: PairData) -> None:
+        self.data = data
+
+    @property
+    def fingerprint(self) -> str:
+        """Those of all data."""
+        return " ".join(data.fingerprint for data in self.data)
+
+    def batch(self, index: int) -> Pairs:
+        """Batch number `index`."""
+        return self.data[index // 2 % len(self.data)].batch(index)
+
+
 @dataclass(frozen=True)
 class SuperResolutionSettings:
     """Settings of a run of `steps` updates, as in `FlowSettings`.

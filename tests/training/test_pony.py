@@ -28,7 +28,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     (folder / "pony").mkdir()
     recipe = Recipe(
         folder / "runs", folder / "pony", steps=dict.fromkeys(STAGES, 1), clips=(3, 1), codec_films=3,
-        latent_clips=24, large_latent_clips=8, lora_clips=(4, 4), batch=4,
+        latent_clips=24, large_latent_clips=8, encoded_clips=4, lora_clips=(4, 4), batch=4,
     )  # fmt: skip
     recipe.run(stage for stage in STAGES if stage != "measure")
     return recipe

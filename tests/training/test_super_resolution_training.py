@@ -27,6 +27,7 @@ from happyhorse.training.loop import train
 from happyhorse.training.super_resolution import (
     PairData,
     Pairs,
+    PairsInTurns,
     SuperResolutionSettings,
     SuperResolutionStage,
     drawn_pair_loss,
@@ -242,6 +243,24 @@ def test_pairs_are_the_same_clips(tmp_path: Path) -> None:
         for video, twice in ((small + 1, large), (small, large + 1))
     ]
     assert len({pairs.fingerprint for pairs in (data, *others)}) == 3
+
+
+def test_pairs_are_drawn_in_turns_for_both_worlds() -> None:
+    tokenizer = Tokenizer(tiny_tokenizer(512))
+    data = [
+        PairData(
+            {"video": torch.full((6, 3, 1, 1, 1), value), "audio": torch.zeros(6, 1, 1)},
+            torch.full((6, 3, 1, 2, 2), value), tokenizer, 2, seed=0,
+        )
+        for value in (0.0, 1.0)
+    ]  # fmt: skip
+    turns = PairsInTurns(*data)
+    batches = [turns.batch(index) for index in range(6)]
+    assert [pairs.small.video.mean().item() for pairs in batches] == [0, 0, 1, 1, 0, 0]
+    assert all(
+        torch.equal(pairs.text, data[0].batch(index).text) for index, pairs in enumerate(batches)
+    )  # of each world in turns, as ever
+    assert turns.fingerprint == f"{data[0].fingerprint} {data[1].fingerprint}"
 
 
 def test_more_large_clips_than_small_ones_are_refused() -> None:

@@ -44,7 +44,7 @@ from .super_resolution import (
     SuperResolutionStage,
 )
 from .video_vae import WHOLE, VideoDecoderStage, VideoVAEStage
-from .world_data import WorldData, encode_clips
+from .world_data import Encode, WorldData, encode_clips
 
 CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 3, "video_decoder": 13}  # of so many steps, each with falling learning rates
@@ -123,10 +123,7 @@ class Recipe:
         """Latents of training clips with their captions, so many films of a world in a batch."""
         encoders = {"video": self.codec.encode, "audio": self.trained("audio_vae").encode}
         files = {"codec": self.runs / CODEC, "audio VAE": self.out / pony.FILES["audio_vae"]}
-        made_with = ", ".join(f"{name} {_checksum(path)}" for name, path in files.items())
-        path = self.runs / "latents.safetensors"
-        with _bar("latents") as progress, torch.inference_mode():
-            latents = encode_clips(path, self.latent_clips, encoders, made_with, progress=progress)
+        latents = self._encoded("latents", self.latent_clips, encoders, files)
         self.__dict__.pop("pool", None)  # a gigabyte that is no longer needed
         return WorldData(latents, self.tokenizer, films, self.seed)
 
@@ -134,18 +131,25 @@ class Recipe:
         """Latents of the first training clips as the VAE encodes them, which blurs what moves."""
         encoders = {"video": self.trained("video_vae").encode, "audio": self.trained("audio_vae").encode}
         files = {name: self.out / pony.FILES[name] for name in ("video_vae", "audio_vae")}
-        made_with = ", ".join(f"{name} {_checksum(path)}" for name, path in files.items())
-        path = self.runs / "encoded_latents.safetensors"
-        with _bar("encoded latents") as progress, torch.inference_mode():
-            return encode_clips(path, self.encoded_clips, encoders, made_with, progress=progress)
+        return self._encoded("encoded_latents", self.encoded_clips, encoders, files)
 
     def large_latents(self) -> Tensor:
         """Video latents of the first training clips at twice the size."""
-        path, size = self.runs / "large_latents.safetensors", (2 * SIZE[0], 2 * SIZE[1])
-        encoders = {"video": self.codec.encode}
-        made_with = f"codec {_checksum(self.runs / CODEC)}"
-        with _bar("large latents") as progress, torch.inference_mode():
-            return encode_clips(path, self.large_latent_clips, encoders, made_with, size, progress)["video"]
+        encoders, files = {"video": self.codec.encode}, {"codec": self.runs / CODEC}
+        size = (2 * SIZE[0], 2 * SIZE[1])
+        return self._encoded("large_latents", self.large_latent_clips, encoders, files, size)["video"]
+
+    def _encoded(
+        self,
+        name: str,
+        count: int,
+        encoders: Mapping[str, Encode],
+        files: Mapping[str, Path],
+        size: tuple[int, int] = SIZE,
+    ) -> Mapping[str, Tensor]:
+        made_with = ", ".join(f"{network} {_checksum(path)}" for network, path in files.items())
+        with _bar(name.replace("_", " ")) as progress, torch.inference_mode():
+            return encode_clips(self.runs / f"{name}.safetensors", count, encoders, made_with, size, progress)
 
     @property
     def lora(self) -> Path:

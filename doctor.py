@@ -19,9 +19,10 @@ from .model.geometry import FilmShape, super_resolution_size
 from .model.gguf_blocks import BLOCKS
 from .model.quant import Stored, block_bytes
 from .options import compute_dtype, default_device, models_folder, sentence
+from .sampler.activations import TEXT_TOKENS
 from .sampler.parts import default_vae_dtype, needed_parts, open_part
 from .sampler.placement import OFFLOADS
-from .sampler.plan import GB, RESERVE, TEXT_TOKENS, Plan, Room, SizedPart, plan_film, room_on, table
+from .sampler.plan import GB, RESERVE, Plan, Room, SizedPart, plan_film, room_on, table
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "av", "numpy", "pillow", "einops")
 VARIANT, DECODER = "distill", "turbo"  # what `generate` takes by default

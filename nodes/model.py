@@ -34,7 +34,7 @@ from ..model.quant import QuantizedWeight, quantize
 from ..model.rope import rope_bands
 from ..model.transformer import JointTransformer
 from ..model.video_vae import denormalize_latents, normalize_latents
-from ..sampler.plan import SMALL_TENSORS, transformer_activations
+from ..sampler.activations import SMALL_TENSORS, transformer_activations
 from ..sampler.schedule import SHIFT
 from .latents import check_shapes
 from .operations import operations

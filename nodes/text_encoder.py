@@ -17,7 +17,7 @@ from ..model.prompt import TextStates, cut_text, encode_tokens, tokens_of
 from ..model.prompt import Tokenizer as CoreTokenizer
 from ..model.quant import QuantizedWeight
 from ..model.text_encoder import TextEncoder
-from ..sampler.plan import activations
+from ..sampler.activations import activations
 from .model import default_compute_dtype
 from .operations import operations
 from .quantized import CANNOT_SAVE, to_host

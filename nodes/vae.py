@@ -26,7 +26,7 @@ from ..model.finite import check_finite
 from ..model.geometry import FILM_RATE, PIXELS_PER_LATENT, SIZE_STEP, FilmShape
 from ..model.video_decoder import VideoDecoder
 from ..model.video_vae import PATCH, FrameCache, VideoVAE, normalize_latents, patchify
-from ..sampler.plan import SMALL_TENSORS, activations
+from ..sampler.activations import SMALL_TENSORS, activations
 from .operations import operations
 
 WEIGHT_DTYPES = {"default": None, "float32": torch.float32, "bfloat16": torch.bfloat16}

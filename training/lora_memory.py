@@ -9,8 +9,9 @@ from ..model.config import TransformerConfig
 from ..model.geometry import FilmShape
 from ..model.lora import transformer_shapes
 from ..model.transformer import piece_tokens
+from ..sampler.activations import TEXT_TOKENS
 from ..sampler.placement import Placement
-from ..sampler.plan import GB, TEXT_TOKENS, Room, SizedPart, Stage, Work, plan_film
+from ..sampler.plan import GB, Room, SizedPart, Stage, Work, plan_film
 from .lora import LoraSettings, targets
 
 # float32 values for every parameter of an adapter: itself, its gradient, its running mean and Adam's two

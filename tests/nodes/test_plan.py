@@ -18,7 +18,7 @@ from happyhorse.nodes.model import load_model
 from happyhorse.nodes.plan import HappyHorseMemoryPlan, Load, model_load
 from happyhorse.nodes.text_encoder import load_clip
 from happyhorse.nodes.vae import load_audio_vae, load_video_vae
-from happyhorse.sampler.plan import SMALL_TENSORS, transformer_activations
+from happyhorse.sampler.activations import SMALL_TENSORS, transformer_activations
 
 pytestmark = pytest.mark.host
 FILM = {"width": 128, "height": 96, "seconds": 1.0, "size": "540p"}

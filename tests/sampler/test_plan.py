@@ -19,16 +19,14 @@ from happyhorse.model.text_encoder import TextEncoder
 from happyhorse.model.transformer import JointTransformer
 from happyhorse.model.video_decoder import VideoDecoder
 from happyhorse.model.video_vae import VideoVAE
+from happyhorse.sampler.activations import SMALL_TENSORS, TEXT_TOKENS, activations
 from happyhorse.sampler.placement import OFFLOADS, Placement, in_pieces
 from happyhorse.sampler.plan import (
-    SMALL_TENSORS,
-    TEXT_TOKENS,
     Need,
     Plan,
     Room,
     Stage,
     Work,
-    activations,
     plan_film,
     require_fit,
     room_on,

@@ -17,8 +17,9 @@ from happyhorse.model.geometry import FilmShape
 from happyhorse.model.packing import Latents
 from happyhorse.model.run_block import run_in_place
 from happyhorse.model.transformer import JointTransformer
+from happyhorse.sampler.activations import TEXT_TOKENS
 from happyhorse.sampler.placement import Placement
-from happyhorse.sampler.plan import TEXT_TOKENS, Room
+from happyhorse.sampler.plan import Room
 from happyhorse.training.flow import FlowNetworks
 from happyhorse.training.lora import LoraAdapters, LoraSettings, checkpointed
 from happyhorse.training.lora_memory import (

@@ -125,7 +125,8 @@ def evaluate(
 
     Attributes are shares of films that show them. "sync" is a mean F1, "mouth" a median correlation, and both
     are also measured with the sounds of all other films. "kept" is the share of what is seen in an image (and
-    named by the prompt) that still is at the end, "first frame PSNR" is in dB.
+    named by the prompt) that still is at the end, "first frame PSNR" is in dB, "course" the F1 of the bounces
+    and those of the render that the image is from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     figures: Figures = {}
@@ -165,7 +166,10 @@ def _judge(prompt: Prompt, world: str, path: Path) -> tuple[dict[str, float], Ve
     if prompt.image:
         end = compare(prompt.attributes, JUDGES[world](frames[-LAST_FRAMES:], sound, FILM_RATE))
         row["kept"] = float(np.mean([end[name] for name in LOOKS[world]]))
-        row["first frame PSNR"] = psnr(frames[:1], prompt.render().frames[:1])
+        clip = prompt.render()
+        row["first frame PSNR"] = psnr(frames[:1], clip.frames[:1])
+        if isinstance(verdict, BounceVerdict):
+            row["course"] = sync_f1(verdict.bounces, clip.onsets)
     return row, verdict
 
 

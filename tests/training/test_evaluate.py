@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,14 @@ def test_the_sound_of_other_films_does_not_fit(true_figures: Figures) -> None:
     for worlds in true_figures.values():
         assert worlds["bounce"]["sync" + SHUFFLED] < worlds["bounce"]["sync"] - 0.4
         assert worlds["head"]["mouth" + SHUFFLED] < worlds["head"]["mouth"] - 0.4
+
+
+def test_a_film_that_does_not_go_on_from_its_image_takes_another_course(tmp_path: Path) -> None:
+    def another(prompt: Prompt, path: Path) -> None:
+        write_render(replace(prompt, seed=prompt.seed + 1), path)
+
+    figures = evaluate(another, tmp_path, 2 * COUNT, ["image"])["image"]["bounce"]
+    assert figures["course"] < 0.6 < figures["sync"]
 
 
 def test_grey_films_get_no_more_than_chance(tmp_path: Path) -> None:

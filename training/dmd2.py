@@ -26,7 +26,7 @@ from ..sampler.noise import NoiseFunction, normal_like
 from ..sampler.parts import compile_layers
 from ..sampler.schedule import SHIFT, flow_sigmas
 from ..sampler.stages import denoise_function
-from .flow import Data, FlowNetworks, Held, LossWeights, accumulated, flow_loss, sample_sigmas
+from .flow import Data, FlowNetworks, Held, LossWeights, accumulated, draw_held, flow_loss, sample_sigmas
 from .generators import checksum, generator
 from .optim import Ema
 
@@ -38,7 +38,7 @@ class Dmd2Settings:
     The student learns to make films in `sampling_steps`, on noise levels shifted by `shift`; the levels at
     which its films are noised are shifted by `noise_shift`, less, since the finest things show at low noise
     only. The fake has `fake_updates` for each of the student's. `video_guidance` and `audio_guidance` are the
-    base's. `image` and `audio` are the shares of films with a held first frame or sound.
+    base's. What is held is as in `FlowSettings`.
     """
 
     seed: int = 0
@@ -53,6 +53,7 @@ class Dmd2Settings:
     video_guidance: float = 2.0
     audio_guidance: float = 1.5
     image: float = 0.15
+    beginning: int = 1
     audio: float = 0.12
 
 
@@ -68,10 +69,8 @@ class FilmConditions(Conditions):
 
     @classmethod
     def of(cls, clean: Latents, held: Held) -> "FilmConditions":
-        """Hold first frames and sounds of `clean`."""
-        video = torch.ones_like(clean.video[:, :1, :, :1, :1], dtype=torch.bool)
-        video[held.first_frame, :, 0] = False
-        return cls(clean=clean, free=Latents(video, ~held.audio[:, None, None]))
+        """Hold beginnings and sounds of `clean`."""
+        return cls(clean=clean, free=held.free(clean))
 
     def apply(self, latents: Latents) -> Latents:
         """Return `latents` with the held parts put in."""
@@ -219,8 +218,7 @@ class Dmd2Stage:
         """Batch number `index`, and what is held in it."""
         device, batch = self.accelerator.device, self.data.batch(index)
         clean = batch.clean.map(lambda x: x.to(device))
-        shares, films = (self.settings.image, self.settings.audio), len(clean.video)
-        held = Held(*(torch.rand(films, generator=draw).to(device) < share for share in shares))
+        held = draw_held(len(clean.video), self.settings, draw)
         text = text_states(self.text_encoder, batch.text.to(device))
         return Task(clean, text, held, FilmConditions.of(clean, held))
 

@@ -53,10 +53,16 @@ class Data(Protocol):
 
 
 class Held(NamedTuple):
-    """Which films of a batch keep their first latent frame or their sound clean: [B] bool each."""
+    """What films keep clean: so many of the first latent frames [B], and whether their sound, [B] bool."""
 
-    first_frame: Tensor
+    frames: Tensor
     audio: Tensor
+
+    def free(self, latents: Latents) -> Latents:
+        """What of `latents` is not held: bool, broadcasts, video [B, 1, F, 1, 1], audio [B, 1, 1]."""
+        video = torch.arange(latents.video.shape[2]) >= self.frames[:, None]
+        masks = Latents(video[:, None, :, None, None], ~self.audio[:, None, None])
+        return masks.map(lambda mask: mask.to(latents.video.device))
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,7 @@ def _free(clean: Latents, held: Held | None) -> Latents:
     free = Latents(
         clean.video.new_ones(batch, 1, frames, 1, 1), clean.audio.new_ones(batch, clean.audio.shape[1], 1)
     )
-    if held is not None:
-        free.video[held.first_frame, :, 0] = 0
-        free.audio[held.audio] = 0
-    return free
+    return free if held is None else free.map(torch.mul, held.free(clean))
 
 
 def _along(values: Tensor, like: Tensor) -> Tensor:
@@ -170,8 +173,9 @@ def initialise(module: nn.Module, seed: int) -> None:
 class FlowSettings:
     """Settings of a run of `steps` updates.
 
-    `image` and `audio` are the shares of films with a held first frame or sound, `negative` that of batches
-    whose text is the negative prompt.
+    `image` and `audio` are the shares of films with a held image or sound, `negative` that of batches whose
+    text is the negative prompt. A held image is the first latent frame, most often, or up to `beginning` of
+    them.
     """
 
     steps: int
@@ -182,6 +186,7 @@ class FlowSettings:
     betas: tuple[float, float] = (0.9, 0.99)
     ema: float = 0.998
     image: float = 0.15
+    beginning: int = 1
     audio: float = 0.12
     negative: float = 0.1
     weights: LossWeights = field(default_factory=LossWeights)
@@ -259,15 +264,28 @@ class FlowStage:
             optimizer.load_state_dict(saved)
 
 
-class Drawn(Protocol):
+class Holding(Protocol):
+    """The settings that say what is held, as in `FlowSettings`."""
+
+    image: float
+    beginning: int
+    audio: float
+
+
+class Drawn(Holding, Protocol):
     """The settings that say how a batch is noised, as in `FlowSettings`."""
 
     seed: int
     shift: float
-    image: float
-    audio: float
     negative: float
     weights: LossWeights
+
+
+def draw_held(films: int, settings: Holding, draw: torch.Generator) -> Held:
+    """Draw what is held in the films of a batch; the more frames, the more seldom."""
+    image, audio = (torch.rand(films, generator=draw) for _ in range(2))
+    frames = 1 + (settings.beginning * (image / settings.image).square()).long()
+    return Held(torch.where(image < settings.image, frames, 0), audio < settings.audio)
 
 
 def drawn_loss(
@@ -281,9 +299,7 @@ def drawn_loss(
     clean, text = batch.clean.map(lambda x: x.to(device)), batch.text.to(device)
     films = len(clean.video)
     sigma = sample_sigmas(films, settings.shift, draw).to(device)
-    held = Held(
-        *(torch.rand(films, generator=draw).to(device) < share for share in (settings.image, settings.audio))
-    )
+    held = draw_held(films, settings, draw)
     if torch.rand(1, generator=draw).item() < settings.negative:
         text = negative.expand(films, *negative.shape[1:])
     noise = normal_like(clean, draw)

@@ -59,6 +59,7 @@ class LoraSettings:
     negative: float = 0.1
     shift: ClassVar[float] = SHIFT
     image: ClassVar[float] = 0.15
+    beginning: ClassVar[int] = 1
     audio: ClassVar[float] = 0.12
     weights: ClassVar[LossWeights] = LossWeights()
 

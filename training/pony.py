@@ -6,7 +6,7 @@
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -31,7 +31,7 @@ from .data.world import heads_in_hats
 from .dmd2 import Dmd2Settings, Dmd2Stage
 from .evaluate import film_path, prompts_for
 from .flow import FlowSettings, FlowStage, LossWeights, initialise
-from .generators import generator
+from .generators import checksum, generator
 from .loop import Stage, progress_bar, train
 from .lora import LoraSettings
 from .lora_run import LoraJob, accelerator_on, prepare_lora, train_lora
@@ -48,6 +48,8 @@ from .world_data import Encode, WorldData, encode_clips
 
 CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 3, "video_decoder": 13}  # of so many steps, each with falling learning rates
+
+IMAGE, BEGINNING = 0.4, 6  # a bounce learns to go on from an image by way of longer beginnings
 
 LORA_BATCH, LORA_RATE = 4, 1.5e-3
 
@@ -67,8 +69,8 @@ class Recipe:
     compiled: bool = False
     steps: dict[str, int] = field(
         default_factory=lambda: {
-            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000, "distill": 400,
-            "super_resolution": 5000, "lora": 1000,
+            "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000,
+            "continuation": 800, "settling": 600, "distill": 400, "super_resolution": 5000, "lora": 1000,
         }
     )  # fmt: skip
     clips: tuple[int, int] = (500, 80)
@@ -85,11 +87,13 @@ class Recipe:
         for name in stages:
             STAGES[name](self)
 
-    def train(self, name: str, stage: Stage) -> None:
-        """Train `stage` to its end."""
-        steps = self.steps[name] * ROUNDS.get(name, 1)
+    def train(self, name: str, stage: Stage, start: int | None = None) -> None:
+        """Train `stage` to its end; `start` is the checksum of trained weights that it begins with."""
+        steps, folder = self.steps[name] * ROUNDS.get(name, 1), name
+        if start is not None:
+            folder += f"-{start:08x}"
         with progress_bar(name) as on_step:
-            train(stage, self.runs / name, steps, on_step=on_step, title=name)
+            train(stage, self.runs / folder, steps, on_step=on_step, title=name)
 
     def write(self, name: str, module: nn.Module) -> None:
         """Leave a trained part in the pack."""
@@ -233,23 +237,30 @@ def train_video_decoder(recipe: Recipe) -> None:
 
 
 def train_base(recipe: Recipe) -> None:
-    """The base transformer together with its text encoder, by flow matching."""
+    """The base transformer together with its text encoder, by flow matching, in three phases.
+
+    How a film goes on from a given beginning shows at high noise, where the second phase is spent; the third
+    is for what that did to low noise.
+    """
     transformer = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.compute_dtype)
     text_encoder = pony.build("text_encoder")
     initialise(transformer, recipe.seed)
     initialise(text_encoder, recipe.seed + 1)
-    settings = FlowSettings(recipe.steps["base"], recipe.seed, weights=LossWeights(first_frame=2.0))
-    stage = FlowStage(
-        transformer,
-        recipe.data(recipe.batch),
-        recipe.negative,
-        settings,
-        recipe.accelerator,
-        text_encoder,
-        recipe.compiled,
+    steps = recipe.steps
+    first = FlowSettings(
+        steps["base"], recipe.seed, image=IMAGE, beginning=BEGINNING, weights=LossWeights(first_frame=2.0)
     )
-    recipe.train("base", stage)
-    stage.ema.copy_to(stage.networks)
+    later = replace(first, muon_lr=0.01, adam_lr=1.3e-3, ema=0.99)
+    going_on = replace(later, steps=steps["continuation"], seed=recipe.seed + 1, shift=20.0, image=0.8)
+    settling = replace(later, steps=steps["settling"], seed=recipe.seed + 2)
+    data, start = recipe.data(recipe.batch), None
+    for name, settings in {"base": first, "continuation": going_on, "settling": settling}.items():
+        stage = FlowStage(
+            transformer, data, recipe.negative, settings, recipe.accelerator, text_encoder, recipe.compiled
+        )
+        recipe.train(name, stage, start)
+        stage.ema.copy_to(stage.networks)
+        start = checksum(*stage.networks.parameters())
     recipe.write("base", transformer)
     recipe.write("text_encoder", text_encoder)
 
@@ -262,7 +273,7 @@ def train_distill(recipe: Recipe) -> None:
         base,
         recipe.data(recipe.batch // 3),
         recipe.negative,
-        Dmd2Settings(recipe.seed, video_guidance=3.0, audio_guidance=1.2),
+        Dmd2Settings(recipe.seed, video_guidance=3.0, audio_guidance=1.2, image=IMAGE, beginning=BEGINNING),
         recipe.accelerator,
         recipe.trained("text_encoder"),
         recipe.compiled,

@@ -178,7 +178,7 @@ def drawn_pair_loss(
     )
     films = len(large)
     sigma = sample_sigmas(films, settings.shift, draw).to(device)
-    first_frame = torch.rand(films, generator=draw).to(device) < settings.image
+    first_frame = torch.rand(films, generator=draw) < settings.image
     if torch.rand(1, generator=draw).item() < settings.negative:
         text = negative.expand(films, *negative.shape[1:])
     small = small._replace(video=roughened(small.video, settings, draw))

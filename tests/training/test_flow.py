@@ -22,6 +22,7 @@ from happyhorse.training.flow import (
     FlowStage,
     Held,
     LossWeights,
+    draw_held,
     drawn_loss,
     flow_loss,
     initialise,
@@ -90,7 +91,7 @@ def test_the_exact_velocity_costs_nothing() -> None:
 def test_noisy_latents_are_those_of_the_sampler_with_its_held_parts() -> None:
     draw = generator(0, "held")
     clean, noise, sigma = random_latents(draw), random_latents(draw), torch.tensor([0.25, 0.75])
-    held = Held(first_frame=torch.tensor([True, False]), audio=torch.tensor([False, True]))
+    held = Held(frames=torch.tensor([1, 0]), audio=torch.tensor([False, True]))
     seen = []
     flow_loss(
         lambda noisy, _: seen.append(noisy) or noisy, clean, torch.zeros(2, 5, 12), sigma, noise,
@@ -103,6 +104,35 @@ def test_noisy_latents_are_those_of_the_sampler_with_its_held_parts() -> None:
         mixed = clean.map(lambda x, e, s=level, i=film: ((1 - s) * x + s * e)[i : i + 1], noise)
         for found, expected in zip(seen[0], conditions.apply(mixed), strict=True):
             torch.testing.assert_close(found[film : film + 1], expected, rtol=0, atol=0)
+
+
+def test_longer_beginnings_are_held_whole() -> None:
+    draw = generator(0, "beginning")
+    clean, noise, sigma = random_latents(draw), random_latents(draw), torch.tensor([0.5, 0.5])
+    errors, seen = random_latents(draw), []
+    velocity = noise.map(lambda e, x, error: e - x + error, clean, errors)
+    held = Held(frames=torch.tensor([2, 1]), audio=torch.tensor([True, True]))
+    _, figures = flow_loss(
+        lambda noisy, _: seen.append(noisy.video) or velocity, clean, torch.zeros(2, 5, 12), sigma, noise,
+        LossWeights(), held,
+    )  # fmt: skip
+    assert torch.equal(seen[0][0, :, :2], clean.video[0, :, :2])
+    assert torch.equal(seen[0][1, :, :1], clean.video[1, :, :1])
+    made = [errors.video[0, :, 2:], errors.video[1, :, 1:]]
+    squares = torch.cat([x.square().mean(dim=(0, 2, 3)) for x in made])
+    assert figures["video_loss"] == pytest.approx(squares.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("beginning", [1, 6])
+def test_beginnings_are_drawn_the_more_seldom_the_longer(beginning: int) -> None:
+    settings = FlowSettings(steps=1, image=0.4, beginning=beginning, audio=0.12)
+    held = draw_held(20_000, settings, generator(0, "draw"))
+    counts = torch.bincount(held.frames, minlength=beginning + 1) / len(held.frames)
+    assert counts[0].item() == pytest.approx(0.6, abs=0.02) and len(counts) == beginning + 1
+    assert (counts[1:-1] > counts[2:]).all()
+    assert held.audio.float().mean().item() == pytest.approx(0.12, abs=0.02)
+    nothing = draw_held(100, FlowSettings(steps=1, image=0.0, audio=0.0), generator(0, "draw"))
+    assert not nothing.frames.any() and not nothing.audio.any()
 
 
 def test_what_is_held_has_no_loss_and_the_first_frame_its_own_weight() -> None:

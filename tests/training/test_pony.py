@@ -18,6 +18,7 @@ from happyhorse.options import PONY_STAGES
 from happyhorse.training import measure
 from happyhorse.training import pony as pony_recipe
 from happyhorse.training.dmd2 import Dmd2Stage
+from happyhorse.training.flow import FlowStage
 from happyhorse.training.measure import measure_all
 from happyhorse.training.pony import STAGES, Recipe
 
@@ -26,9 +27,10 @@ from happyhorse.training.pony import STAGES, Recipe
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "pony").mkdir()
+    steps = dict.fromkeys([*STAGES, "continuation", "settling"], 1)
     recipe = Recipe(
-        folder / "runs", folder / "pony", steps=dict.fromkeys(STAGES, 1), clips=(3, 1), codec_films=3,
-        latent_clips=24, large_latent_clips=8, encoded_clips=4, lora_clips=(4, 4), batch=4,
+        folder / "runs", folder / "pony", steps=steps, clips=(3, 1), codec_films=3, latent_clips=24,
+        large_latent_clips=8, encoded_clips=4, lora_clips=(4, 4), batch=4,
     )  # fmt: skip
     recipe.run(stage for stage in STAGES if stage != "measure")
     return recipe
@@ -91,15 +93,18 @@ def test_every_stage_leaves_its_part(recipe: Recipe, name: str) -> None:
         assert checkpoint.variant == name
 
 
-def test_a_finished_stage_is_not_trained_again(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "kind"), [("base", FlowStage), ("distill", Dmd2Stage)])
+def test_a_finished_stage_is_not_trained_again(
+    recipe: Recipe, name: str, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(Dmd2Stage, "step", never)
-    path = recipe.out / pony.FILES["distill"]
+    monkeypatch.setattr(kind, "step", never)
+    path = recipe.out / pony.FILES[name]
     before = path.read_bytes()
     path.unlink()
-    replace(recipe).run(["distill"])
+    replace(recipe).run([name])
     assert path.read_bytes() == before
 
 

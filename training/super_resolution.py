@@ -183,7 +183,7 @@ def drawn_pair_loss(
         text = negative.expand(films, *negative.shape[1:])
     small = small._replace(video=roughened(small.video, settings, draw))
     start = prepare(small, normal_like(Latents(large, small.audio), draw), *large.shape[-2:])
-    held = Held(first_frame, torch.ones_like(first_frame))
+    held = Held(first_frame.long(), torch.ones_like(first_frame))
     clean = Latents(large, start.audio)
     return flow_loss(velocity_fn, clean, text, sigma, start, settings.weights, held, metric)
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+IN_FOLDERS = (".safetensors", ".gguf", *PICKLES)  # whose weights are read from a folder
 LARGEST_POINTER = 1024  # bytes of a file that Git LFS puts in place of a large one
 ACCEPTED = (
     "a .safetensors or .gguf file, a folder of shards with model.safetensors.index.json, "
@@ -77,7 +78,7 @@ def _open_folder(folder: Path) -> WeightFile:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) == 1:
         return SafetensorsFile(folder, _shards(indexes[0]))
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf", *PICKLES))
+    files = sorted(file for file in folder.iterdir() if file.suffix in IN_FOLDERS)
     if len(files) == 1:
         file = files[0]
         if file.suffix == ".gguf":

@@ -7,7 +7,7 @@ Letters: F pixel frames, H height, W width, N samples.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from ..model.packing import Latents
 from ..model.prompt import Tokenizer, encode_prompt
 from ..model.run_block import RunBlock
 from ..model.stream_writer import write_tensors
+from ..model.weight_files import IN_FOLDERS
 from ..sampler.parts import Parts, Progress, default_vae_dtype, part_dtype
 from ..sampler.placement import Placement
 from .files import naming, read_tensors
@@ -395,7 +396,12 @@ def _content(path: Path) -> str:
 
 
 def file_identity(path: Path) -> str:
-    """Tells a checkpoint from another by names, sizes and times: its contents would take minutes to read."""
-    files: Iterable[Path] = sorted(path.iterdir()) if path.is_dir() else [path]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    """Tells a checkpoint from another by names, sizes and times: its contents would take minutes to read.
+
+    Of a folder only what can be read from it counts, not a note that somebody puts there.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in (*IN_FOLDERS, ".json"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return _digest(stats)

@@ -20,7 +20,15 @@ from happyhorse.model.geometry import FILM_RATE, FilmShape
 from happyhorse.model.prompt import encode_prompt
 from happyhorse.model.run_block import RunBlock
 from happyhorse.sampler.parts import open_part
-from happyhorse.training.clips import ClipData, Encoders, _frames, find_clips, prepare_clips, read_clip
+from happyhorse.training.clips import (
+    ClipData,
+    Encoders,
+    _frames,
+    file_identity,
+    find_clips,
+    prepare_clips,
+    read_clip,
+)
 
 SHAPE = FilmShape(64, 32, 9)  # 9 pictures
 CPU = torch.device("cpu")
@@ -275,6 +283,19 @@ def test_networks_in_another_dtype_have_other_files_in_the_cache(pony_folder: Pa
     one, other = (Encoders.of(checkpoints, CPU, dtype).names for dtype in (torch.float32, torch.bfloat16))
     # on a CPU the VAEs are float32 always
     assert {role for role in one if one[role] != other[role]} == {"text_encoder"}
+
+
+def test_a_folder_of_weights_is_told_by_what_is_read_from_it(tmp_path: Path) -> None:
+    shard, tokenizer = tmp_path / "model.safetensors", tmp_path / "tokenizer.json"
+    shard.write_bytes(b"weights")
+    tokenizer.write_text("{}", encoding="utf-8")
+    before = file_identity(tmp_path)
+    (tmp_path / "README.md").write_text("where it is from", encoding="utf-8")
+    (tmp_path / ".cache").mkdir()
+    assert file_identity(tmp_path) == before
+    tokenizer.write_text('{"other": 1}', encoding="utf-8")
+    assert file_identity(tmp_path) != before
+    assert file_identity(shard) != file_identity(tokenizer)
 
 
 def test_a_stop_leaves_only_whole_files_and_the_next_start_goes_on(

@@ -21,15 +21,16 @@ from .optim import Ema, decayed, optimizers, scale_rates
 from .patch_codec import PatchCodec
 
 LATENT_NOISE = 0.05  # added in training: small changes of latents must be small changes of pictures
-ROUGH_ROUND, ROUGH_NOISE = 6, 0.4  # from this round on the light decoder sees noise of up to so much
 MUON_RATE, ADAM_RATE, EMA_DECAY = 0.012, 2e-3, 0.995
 WHOLE = 96  # pixels a side of a training clip
 # (how many, side) crops make a step until CROP_SHARE of the first round, and then
 EARLY_CROPS, LATE_CROPS, CROP_SHARE = (2, 48), (2, 64), 0.6
-DOUBLE_ROUND, DOUBLE_SHARE = 3, 0.5  # from this round on, so many crops are of clips of twice the size
-BUSY_ROUND, BUSY_TRIES = 7, 4  # from this round on, every other crop is the busiest of so many
-# From this round on, in every other step, the light decoder sees films that jump after their first frame,
-# which has this weight there: a given image must look the same whatever comes of it.
+# What the light decoder also sees, each from a round on: so many crops of clips of twice the size; in every
+# other crop the busiest of so many; noise of up to so much on the latents; and in every other step films that
+# jump after their first frame, which has this weight there: a given image must look the same whatever comes.
+DOUBLE_ROUND, DOUBLE_SHARE = 3, 0.5
+BUSY_ROUND, BUSY_TRIES = 7, 4
+ROUGH_ROUND, ROUGH_NOISE = 6, 0.4
 JUMP_ROUND, JUMP_WEIGHT = 10, 8.0
 MOTION_WEIGHT, FIRST_FRAME_WEIGHT, EDGE_WEIGHT = 4.0, 2.0, 0.5
 ENCODER_EVERY, OWN_LATENTS = 3, 0.7  # steps; share of the first round before the decoder sees its encoder
@@ -51,6 +52,10 @@ class _PictureStage:
             "part": part, **module.config.to_dict(), "steps": steps, "seed": seed,
             "codec": checksum(codec.mean, codec.project), "clips": len(pool.clips),
         }  # fmt: skip
+
+    def _crops(self, step: int, double: float = 0.0, tries: int = 1) -> Tensor:
+        kind = EARLY_CROPS if step < CROP_SHARE * self.steps else LATE_CROPS
+        return self.pool.crops(*kind, Random(f"{self.seed} crops {step}"), double, tries).to(self.device)
 
     def _noised(self, latents: Tensor, step: int, most: float | None = None) -> Tensor:
         draw = generator(self.seed, "noise", step)
@@ -101,7 +106,7 @@ class VideoVAEStage(_PictureStage):
 
     def step(self, step: int) -> dict[str, float]:
         """Reconstruct crops, and follow the gradient."""
-        video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
+        video = self._crops(step)
         target = self.codec.encode(video)
         figures: dict[str, float] = {}
         seen = target
@@ -132,7 +137,7 @@ class VideoVAEStage(_PictureStage):
 class VideoDecoderStage(_PictureStage):
     """Trains the light decoder on the latents of `codec`, in rounds of `steps`; see training/loop.py.
 
-    In the last rounds they are rough, as those of films that a transformer made.
+    In later rounds they are rough, as those of films that a transformer made.
     """
 
     def __init__(
@@ -150,11 +155,13 @@ class VideoDecoderStage(_PictureStage):
 
     def step(self, step: int) -> dict[str, float]:
         """Decode the latents of crops, and follow the gradient."""
-        video = _crops(self.pool, step, self.steps, self.seed).to(self.device)
-        jumps = step >= JUMP_ROUND * self.steps and step % 2 == 1
+        turn = step // self.steps
+        double, tries = DOUBLE_SHARE * (turn >= DOUBLE_ROUND), BUSY_TRIES if turn >= BUSY_ROUND else 1
+        video = self._crops(step, double, tries)
+        jumps = turn >= JUMP_ROUND and step % 2 == 1
         if jumps:
             video = jumping(video, Random(f"{self.seed} jump {step}"))
-        rough = ROUGH_NOISE if step >= ROUGH_ROUND * self.steps else None
+        rough = ROUGH_NOISE if turn >= ROUGH_ROUND else None
         latents = self._noised(self.codec.encode(video), step, rough)
         first = JUMP_WEIGHT if jumps else FIRST_FRAME_WEIGHT
         loss, psnr = picture_loss(self.decode(latents), video, first)
@@ -167,13 +174,6 @@ class VideoDecoderStage(_PictureStage):
         decoder = VideoDecoder(self.module.config)
         self.ema.copy_to(decoder)
         return decoder
-
-
-def _crops(pool: VideoPool, step: int, steps: int, seed: int) -> Tensor:
-    kind = EARLY_CROPS if step < CROP_SHARE * steps else LATE_CROPS
-    double = DOUBLE_SHARE if step >= DOUBLE_ROUND * steps else 0.0
-    tries = BUSY_TRIES if step >= BUSY_ROUND * steps else 1
-    return pool.crops(*kind, Random(f"{seed} crops {step}"), double, tries)
 
 
 def jumping(video: Tensor, random: Random) -> Tensor:

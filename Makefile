@@ -18,7 +18,7 @@ TESTING := TEST_SUMMARY=$(SUMMARY) OMP_NUM_THREADS=1
 
 demo: $(VENV)/.ready
 	mkdir -p demo
-	$(PONY) --prompt "A red circle bounces fast on a teal background." --out demo/bounce.mp4
+	$(PONY) --prompt "A red circle bounces slow on a teal background." --out demo/bounce.mp4
 	$(PONY) --prompt '$(TALKS)' --out demo/head.mp4
 	$(PONY) --prompt '$(TALKS)' --image docs/pony_head.png --out demo/image.mp4
 

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from .doctor import doctor, part_path
 from .kernels.attention import attention_backend
 from .lora_cli import run_lora
 from .media import read_audio
+from .model import catalog
 from .model.audio_vae import ENCODE_RATE
 from .model.checkpoint import Checkpoint, check_names, describe
 from .model.config import PRESETS, Preset
@@ -34,6 +36,7 @@ from .model.geometry import (
 )
 from .model.lora import LoraPatch, bytes_at_use, patches
 from .model.lora_formats import open_lora
+from .model.packing import LATENTS_FORMAT
 from .model.stream_writer import write_tensors
 from .options import compute_dtype, default_device, models_folder, parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
@@ -99,11 +102,11 @@ def _generate(options: argparse.Namespace) -> None:
     device = options.device or default_device()
     if options.vram is not None and device.type == "cpu":
         raise ValueError("--vram: the device is a CPU, which has no VRAM; limit its memory with --ram")
-    _check_output(options.out, ".mp4")
+    _check_output("--out", options.out, ".mp4")
     if options.save_latents:
-        _check_output(options.save_latents, ".safetensors")
+        _check_output("--save-latents", options.save_latents, ".safetensors")
     if options.save_workflow:
-        _check_output(options.save_workflow, ".json")
+        _check_output("--save-workflow", options.save_workflow, ".json")
     checkpoints = _open_parts(options, models_folder(options))
     changes = _patches(options, checkpoints["transformer"])
     dtype = compute_dtype(options, device)
@@ -132,7 +135,7 @@ def _generate(options: argparse.Namespace) -> None:
             bars.notice(f"{why}: {words} (rounding differs from a film made at once)")
         film = generate(parts, request, bars.progress, bars.notice)
         if options.save_latents:
-            write_tensors(options.save_latents, film.latents._asdict())
+            write_tensors(options.save_latents, film.latents._asdict(), {"format": LATENTS_FORMAT})
         film = with_sound(parts, film, bars.progress, bars.notice)
 
         def write() -> None:
@@ -157,6 +160,8 @@ def _request(options: argparse.Namespace, preset: Preset) -> FilmRequest:
         seconds = _sound_seconds(options.audio) if options.audio else preset.default_seconds
     size = options.size or preset.sizes[options.aspect or preset.default_aspect]
     shape = FilmShape.from_seconds(*size, seconds)
+    if preset.other_sizes and size != preset.sizes[preset.default_aspect]:
+        log.warning(preset.other_sizes)
     if seconds > LONG_SECONDS:
         log.warning("films above %g s are longer than what the models were trained on", LONG_SECONDS)
     large = options.sr and shape.resized(super_resolution_size(options.sr, size, preset.pixels_1080p))
@@ -194,15 +199,15 @@ def _smaller(
         yield f"--size {width}x{height} --seconds {MIN_SECONDS:g}{without}", plan(smallest, None)
 
 
-def _check_output(path: Path, suffix: str) -> None:
+def _check_output(option: str, path: Path, suffix: str) -> None:
     if path.suffix.lower() != suffix:
-        raise ValueError(f"the output must end in {suffix}, got {path.name!r}")
+        raise ValueError(f"{option} must end in {suffix}, got {path.name!r}")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
+        raise ValueError(f"{option}: {path} is a folder; give the name of a file")
     if not path.parent.is_dir():
-        raise ValueError(f"the folder {path.parent} does not exist; create it or choose another")
+        raise ValueError(f"{option}: the folder {path.parent} does not exist; create it or choose another")
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"the folder {path.parent} cannot be written to; choose another")
+        raise ValueError(f"{option}: the folder {path.parent} cannot be written to; choose another")
 
 
 def _metadata(options: argparse.Namespace, request: FilmRequest, parts: Parts) -> dict[str, str]:
@@ -258,7 +263,7 @@ class Bars:
 
 def _inspect(options: argparse.Namespace) -> None:
     failures = []
-    for path in options.files:
+    for path in chain.from_iterable(map(_parts_in, options.files)):
         try:
             sys.stdout.write(f"{describe(path)}\n")
         except (ValueError, OSError) as error:
@@ -267,8 +272,14 @@ def _inspect(options: argparse.Namespace) -> None:
         raise ValueError("; ".join(failures))
 
 
+def _parts_in(path: Path) -> list[Path]:
+    """The parts in a folder of models, else the path itself."""
+    found = [file for name in catalog.SOURCES for file in catalog.look(name, path)[:1]]
+    return found if len(found) > 1 else [path]
+
+
 def _convert(options: argparse.Namespace) -> None:
-    _check_output(options.out, suffix_of(options.to))
+    _check_output("OUT", options.out, suffix_of(options.to))
     with Bars() as bars:
         report = run_convert(options, bars.progress)
     sys.stdout.write(f"{report}\n")
@@ -276,7 +287,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _lora(options: argparse.Namespace) -> None:
     if options.action != "inspect":
-        _check_output(options.out, ".safetensors")
+        _check_output("OUT", options.out, ".safetensors")
     with Bars() as bars:
         report = run_lora(options, bars.progress)
     sys.stdout.write(f"{report}\n")
@@ -286,5 +297,5 @@ def _train(options: argparse.Namespace) -> None:
     if options.kind == "pony":
         run_train_pony(options)
         return
-    _check_output(options.out, ".safetensors")
+    _check_output("--out", options.out, ".safetensors")
     sys.stdout.write(f"{run_train(options, Bars)}\n")

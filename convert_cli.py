@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from . import __version__
 from .model.checkpoint import open_checkpoint
@@ -27,7 +28,7 @@ def run_convert(options: argparse.Namespace, progress: Callable[[str, int, int],
         progress(f"converting the {source.label}", done, total)
 
     errors = convert(source, options.out, options.to, program, told)
-    lines = [*error_lines(errors), f"{options.out.resolve()}: {options.out.stat().st_size / 1e9:.2f} GB"]
+    lines = [*error_lines(errors), f"{options.out.resolve()}: {_size(options.out)}"]
     if options.check:
         try:
             error = velocity_error(source, options.out, lambda done, total: progress("checking", done, total))
@@ -36,6 +37,11 @@ def run_convert(options: argparse.Namespace, progress: Callable[[str, int, int],
             raise KeyboardInterrupt(whole) from interrupt
         lines.append(f"velocity error {_percent(error)}")
     return "\n".join(lines)
+
+
+def _size(path: Path) -> str:
+    size = path.stat().st_size
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def error_lines(errors: Mapping[str, WeightError]) -> list[str]:

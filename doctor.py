@@ -12,8 +12,8 @@ import torch
 
 from . import __version__
 from .model import catalog
-from .model.checkpoint import NETWORKS, QUANTIZABLE, storage_dtype
-from .model.config import PRESETS, Config, Preset
+from .model.checkpoint import NETWORKS, QUANTIZABLE, open_checkpoint, storage_dtype
+from .model.config import PRESETS, VARIANTS, Config, Preset
 from .model.convert import FORMATS
 from .model.geometry import FilmShape, super_resolution_size
 from .model.gguf_blocks import BLOCKS
@@ -105,7 +105,20 @@ def _planned_device(options: argparse.Namespace) -> torch.device:
 
 def part_path(options: argparse.Namespace, name: str, folder: Path) -> Path:
     """The file of a part, by its name in the catalog: the one given, else that in the folder of models."""
-    return getattr(options, f"path_{PATH_OPTIONS.get(name, name)}") or catalog.find(name, folder)
+    return _given(options, name) or catalog.find(name, folder)
+
+
+def _given(options: argparse.Namespace, name: str) -> Path | None:
+    return getattr(options, f"path_{PATH_OPTIONS.get(name, name)}")
+
+
+def _is_for_another(path: Path, name: str) -> bool:
+    """Whether a transformer's file says that it is another variant than `name`."""
+    try:
+        variant = open_checkpoint(path).variant
+    except (ValueError, OSError):  # which is told where it is opened as the part
+        return False
+    return name in VARIANTS and variant in VARIANTS and variant != name
 
 
 def _found_parts(options: argparse.Namespace, folder: Path) -> dict[str, SizedPart]:
@@ -113,6 +126,8 @@ def _found_parts(options: argparse.Namespace, folder: Path) -> dict[str, SizedPa
     for name, source in catalog.SOURCES.items():
         try:
             path = part_path(options, name, folder)
+            if path == _given(options, name) and _is_for_another(path, name):
+                path = catalog.find(name, folder)  # --model is one variant's
         except FileNotFoundError:  # which lists the patterns of names too
             absent += 1
             lines.append(f"{name}: none in {folder}; it is published as {source.origin}")

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from .model.geometry import FILM_RATE
 
 AAC_FRAME = 1024  # samples that one packet of sound holds
+FILMS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # as the files of films end
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 UPSCALE_MODES = ("bilinear", "nearest", "bicubic")
 BT709 = 1  # primaries, transfer and matrix of high definition video have this number (ITU-T H.273)
@@ -32,7 +33,7 @@ BT709 = 1  # primaries, transfer and matrix of high definition video have this n
 def _existing_file(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+        raise FileNotFoundError(errno.ENOENT, "there is no such file, check its name", str(path))
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give the path of one")
     if not path.stat().st_size:
@@ -147,7 +148,7 @@ def read_audio(
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} is damaged, or no sound or film that FFmpeg reads ({reason})") from error
     if waveform is None:
-        raise ValueError(f"{path} has no sound track")
+        raise ValueError(f"{path} has no sound track; give a sound, or a film that has one")
     found = waveform.shape[1] / sample_rate
     if not found:
         raise ValueError(f"the sound track of {path} is empty")

@@ -158,7 +158,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("happyhorse.mp4"), help="the film (.mp4)")
     parser.add_argument(
-        "--save-latents", type=Path, metavar="FILE", help="also keep the latents (.safetensors)"
+        "--save-latents",
+        type=Path,
+        metavar="FILE",
+        help="also keep the latents (.safetensors), which HappyHorse Load Latent reads in ComfyUI",
     )
     parser.add_argument(
         "--save-workflow",

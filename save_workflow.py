@@ -38,8 +38,9 @@ def save_workflow(
     needs = [f"{file.name} in its folder input" for file in (request.image, request.audio) if file]
     loaders = [node for node in prompt.values() if node["class_type"] in CHOICES]
     loaded = {node["inputs"][CHOICES[node["class_type"]]] for node in loaders}
-    loaded |= {node["inputs"]["lora_name"] for node in prompt.values() if "lora_name" in node["inputs"]}
+    loras = {node["inputs"]["lora_name"] for node in prompt.values() if "lora_name" in node["inputs"]}
     needs += sorted(f"{choice} in its folders of models" for choice in loaded if not _is_pony(choice))
+    needs += sorted(f"{name} in models/loras" for name in loras)
     return f"{path} is for ComfyUI with these nodes" + (f" and {', '.join(needs)}" if needs else "")
 
 

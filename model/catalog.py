@@ -38,14 +38,18 @@ SOURCES = {
 }
 
 
+def look(part: str, folder: Path) -> list[Path]:
+    """What may be `part` in `folder`, the likeliest first."""
+    return [path for pattern in SOURCES[part].patterns for path in sorted(folder.glob(pattern))]
+
+
 def find(part: str, folder: Path) -> Path:
     """The file or folder of `part` (for transformers: the variant) in `folder`; FileNotFoundError names its
     source.
     """
     source = SOURCES[part]
-    for pattern in source.patterns:
-        if found := sorted(folder.glob(pattern)):
-            return found[0]
+    if found := look(part, folder):
+        return found[0]
     if not folder.is_dir():
         raise FileNotFoundError(
             f"there is no folder {folder} to look for the {part.replace('_', ' ')} in; give the folder of "

@@ -153,9 +153,10 @@ class AudioVAEConfig(Config):
 
 @dataclass(frozen=True)
 class Preset:
-    """One family of networks that belong together, with the picture sizes it was trained on.
+    """One family of networks that belong together, with the picture sizes it is used at.
 
-    `sizes` maps an aspect to (width, height); `pixels_1080p` is the area of the large super-resolution;
+    `sizes` maps an aspect to (width, height); `other_sizes` says what becomes of films of another size than
+    the default, where that is worth a word; `pixels_1080p` is the area of the large super-resolution;
     `negative_prompt` is the base variant's where none is given.
     """
 
@@ -165,6 +166,7 @@ class Preset:
     video_decoder: VideoDecoderConfig
     audio_vae: AudioVAEConfig
     sizes: Mapping[str, tuple[int, int]]
+    other_sizes: str | None
     default_aspect: str
     default_seconds: float
     pixels_1080p: int
@@ -223,6 +225,7 @@ MAGIHUMAN = Preset(
         "16:9": (448, 256), "9:16": (256, 448), "1:1": (352, 352),
         "4:3": (384, 288), "3:4": (288, 384), "21:9": (512, 224),
     },
+    other_sizes=None,
     default_aspect="16:9",
     default_seconds=5.0,
     pixels_1080p=1920 * 1088,
@@ -270,6 +273,7 @@ PONY = Preset(
         "16:9": (160, 96), "9:16": (96, 160), "1:1": (96, 96),
         "4:3": (128, 96), "3:4": (96, 128), "21:9": (224, 96),
     },
+    other_sizes="the pony was trained at 96x96 only; at another size its films may show nothing",
     default_aspect="1:1",
     default_seconds=2.0,
     pixels_1080p=288 * 288,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .operations import Spans
 
+LATENTS_FORMAT = "happyhorse latents 1"  # of a file that holds `Latents`
 PATCH = 2  # a video token covers 1 x 2 x 2 latents
 
 

@@ -1,35 +1,26 @@
-"""Nodes that make the LATENT a film starts from, and that keep it."""
+"""Nodes that make the LATENT a film starts from."""
 
-import json
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import folder_paths
 import torch
-from comfy.cli_args import args
-from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..model.config import MAGIHUMAN
 from ..model.geometry import FILM_RATE, FPS, LONG_SECONDS, MAX_SECONDS, MIN_SECONDS, SIZE_STEP, FilmShape
-from ..model.stream_writer import write_tensors
 from ..sampler.noise import FilmNoise
 from ..sampler.pipeline import AUDIO_MODES, film_sound
 from .inputs import Audio, check_sound, encode_film, encode_first_frame, encode_sound, film_frames, one_sound
-from .latents import film_latent, masks, shape_of, start_audio, streams
+from .latents import film_latent, masks, shape_of, streams
 from .sampler import MAX_SEED
 
 log = logging.getLogger(__name__)
 CATEGORY = "HappyHorse/latent"
 ASPECTS = (*MAGIHUMAN.sizes, "custom")
 AS_GIVEN = "as given"
-FORMAT = "happyhorse av latent 1"
-SUFFIX = ".safetensors"
 FILM = "A film with sound, not made yet: from HappyHorse Empty Latent or another of these nodes."
 ENCODER = "Wan2.2 VAE, from HappyHorse Load Video VAE; the turbo decoder cannot encode."
 AUDIO_VAE = "From HappyHorse Load Audio VAE."
@@ -300,135 +291,10 @@ def last_sound(audio: Audio, frames: int, overlap: int) -> Audio:
     return {"waveform": torch.nn.functional.pad(part, (0, missing)), "sample_rate": rate}
 
 
-class HappyHorseSaveLatent(io.ComfyNode):
-    """A film's latents as a file."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="HappyHorseSaveLatent",
-            display_name="HappyHorse Save Latent",
-            category=CATEGORY,
-            description="Saves a film before it is decoded (.safetensors), to decode or enlarge later. The "
-            "stock node cannot save two streams.",
-            search_aliases=["save av latent", "export latent"],
-            inputs=[
-                io.Latent.Input("latent", tooltip="A film with sound."),
-                io.String.Input("filename_prefix", default="latents/happyhorse",
-                                tooltip="Folder and beginning of the name, below the output folder."),
-            ],
-            outputs=[],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
-            is_output_node=True,
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, latent: Latent, filename_prefix: str) -> io.NodeOutput:
-        video, audio = streams(latent)
-        tensors = {"video": video, "audio": audio}
-        if latent.get("noise_mask") is not None:
-            tensors |= dict(zip(("video_mask", "audio_mask"), masks(latent), strict=True))
-        extra = {"start_audio": start_audio(latent) is not None}
-        folder, name, counter, subfolder = _next_file(filename_prefix)
-        file = f"{name}_{counter:05}_{SUFFIX}"
-        plain = {key: tensor.float().cpu() for key, tensor in tensors.items()}
-        metadata = {"format": FORMAT, "extra": json.dumps(extra)} | _graph_of(cls.hidden)
-        write_tensors(Path(folder, file), plain, metadata)
-        shown = {"filename": file, "subfolder": subfolder, "type": "output"}
-        return io.NodeOutput(ui={"latents": [shown]})
-
-
-def _graph_of(hidden: Any) -> dict[str, str]:
-    """The graph that made a file, as the stock nodes keep it, unless the user has switched that off."""
-    if hidden is None or args.disable_metadata:
-        return {}
-    given = {"prompt": hidden.prompt} | (hidden.extra_pnginfo or {})
-    return {name: json.dumps(value) for name, value in given.items() if value is not None}
-
-
-def _next_file(prefix: str) -> tuple[str, str, int, str]:
-    """Folder, name, number and subfolder of the next file of a prefix, as all the host's nodes count."""
-    root = folder_paths.get_output_directory()
-    if not Path(root, prefix).resolve().is_relative_to(Path(root).resolve()):
-        raise ValueError(
-            f"filename_prefix: files are saved below the output folder only, got {prefix!r}; "
-            "give a name, or a folder and a name, without .. and without a leading /"
-        )
-    return folder_paths.get_save_image_path(prefix, root)[:4]
-
-
-class HappyHorseLoadLatent(io.ComfyNode):
-    """A film's latents from a file."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="HappyHorseLoadLatent",
-            display_name="HappyHorse Load Latent",
-            category=CATEGORY,
-            description="Loads a film that HappyHorse Save Latent has kept.",
-            search_aliases=["load av latent", "import latent"],
-            inputs=[
-                io.Combo.Input("latent", options=saved_latents(),
-                               tooltip="A file of the input folder, or of output/latents."),
-            ],
-            outputs=[latent_output("The film, for decoding, super-resolution or a sampler.")],
-        )  # fmt: skip
-
-    @classmethod
-    def validate_inputs(cls, latent: str | None) -> bool | str:
-        if latent is None or folder_paths.exists_annotated_filepath(latent):
-            return True
-        return f"latent: there is no file {latent!r}; save one with HappyHorse Save Latent, then press R"
-
-    @classmethod
-    def fingerprint_inputs(cls, latent: str) -> str:
-        stat = Path(folder_paths.get_annotated_filepath(latent)).stat()
-        return f"{latent} {stat.st_size} {stat.st_mtime_ns}"
-
-    @classmethod
-    def execute(cls, latent: str) -> io.NodeOutput:
-        return io.NodeOutput(read_latent(Path(folder_paths.get_annotated_filepath(latent))))
-
-
-def saved_latents() -> list[str]:
-    """Names of what may be loaded, as the host annotates them."""
-    inputs = Path(folder_paths.get_input_directory())
-    outputs = Path(folder_paths.get_output_directory())
-    names = [file.name for file in sorted(inputs.glob(f"*{SUFFIX}"))]
-    return names + [
-        f"{file.relative_to(outputs).as_posix()} [output]"
-        for file in sorted((outputs / "latents").rglob(f"*{SUFFIX}"))
-    ]
-
-
-def read_latent(path: Path) -> Latent:
-    """The LATENT in a file; raises ValueError for a file of another kind or a damaged one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r}")
-        latent = film_latent(*(tensors[key] for key in ("video", "audio")))
-        if "video_mask" in tensors:
-            latent["noise_mask"] = NestedTensor([tensors["video_mask"], tensors["audio_mask"]])
-        streams(latent)
-        if json.loads(metadata["extra"])["start_audio"]:
-            latent["start_audio"] = latent["samples"].unbind()[1]
-        return latent
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"latent: {path.name} is not a film's latent ({error}); choose one of HappyHorse Save Latent"
-        ) from error
-
-
 NODES = [
     HappyHorseEmptyLatent,
     HappyHorseImageToFilm,
     HappyHorseAudioToFilm,
     HappyHorseFilmToFilm,
     HappyHorseContinueFilm,
-    HappyHorseSaveLatent,
-    HappyHorseLoadLatent,
 ]

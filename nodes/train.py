@@ -21,6 +21,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image
 from torch import Tensor
 
+from ..media import FILMS
 from ..model.checkpoint import Checkpoint, UnknownVariantError, check_names, open_checkpoint
 from ..model.config import MAGIHUMAN, PRESETS, TransformerConfig
 from ..model.geometry import SIZE_STEP, FilmShape
@@ -99,7 +100,9 @@ class HappyHorseTrainLora(io.ComfyNode):
                 io.Float.Input("learning_rate", default=2e-4, min=1e-7, max=1.0, step=1e-5, round=1e-7,
                                tooltip="How far an update goes: lower it where the loss jumps."),
                 whole("rank", 16, 1, 1024, "Of every change: more can hold more, and takes more memory."),
-                whole("seed", 0, 0, 2**32 - 1, "Of the noise and of the order of the clips."),
+                # that the page draws another after every run would keep an interrupted one from going on
+                whole("seed", 0, 0, 2**32 - 1, "Of the noise and of the order of the clips.",
+                      control_after_generate=False),
                 io.Model.Input("model", optional=True,
                                tooltip="A model that the LoRA shall be applied to, such as distill: it comes "
                                "out with it."),
@@ -293,7 +296,13 @@ def _plain(name: str) -> str:
 
 
 def _clip_folders() -> list[str]:
-    return sorted(folder.replace("\\", "/") for folder in folder_paths.get_input_subfolders())
+    """The folders in the host's input folder, those with films first: the first is what the page offers."""
+    found = sorted(folder.replace("\\", "/") for folder in folder_paths.get_input_subfolders())
+    return sorted(found, key=lambda folder: not any(map(_is_film, _clips(folder).iterdir())))
+
+
+def _is_film(path: Path) -> bool:
+    return path.suffix.lower() in FILMS
 
 
 def _clips(folder: str) -> Path:

@@ -190,14 +190,14 @@ def film_without_end(path: Path) -> bytes:
 IMAGE_KINDS = "is not a readable image (damaged, or none of PNG, JPEG, WEBP, BMP, TIFF, GIF)"
 NO_SOUND = "is damaged, or no sound or film that FFmpeg reads"
 MEDIA = {
-    "image missing": ("--image", "a.png", None, ["no such file: ", "a.png"]),
+    "image missing": ("--image", "a.png", None, ["there is no such file", "a.png"]),
     "image empty": ("--image", "a.png", b"", ["a.png is empty"]),
     "image truncated": ("--image", "a.png", lambda path: picture(path)[:-2000], ["a.png " + IMAGE_KINDS]),
     "image cut early": ("--image", "a.png", lambda path: picture(path)[:20], ["a.png " + IMAGE_KINDS]),
     "image that is text": ("--image", "a.png", b"a picture of a horse\n", ["a.png " + IMAGE_KINDS]),
     "image that is sound": ("--image", "a.wav", sound, ["a.wav " + IMAGE_KINDS]),
     "image that is a folder": ("--image", ".", None, ["is not a file; give the path of one"]),
-    "sound missing": ("--audio", "a.wav", None, ["no such file: ", "a.wav"]),
+    "sound missing": ("--audio", "a.wav", None, ["there is no such file", "a.wav"]),
     "sound empty": ("--audio", "a.wav", b"", ["a.wav is empty"]),
     "sound truncated": ("--audio", "a.wav", lambda path: sound(path)[:-9000], ["a.wav is cut off"]),
     "sound cut in its header": ("--audio", "a.wav", lambda path: sound(path)[:30], [f"a.wav {NO_SOUND}"]),

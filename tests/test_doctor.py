@@ -97,6 +97,17 @@ def test_what_was_not_found_is_one_line_before_a_plan_and_a_list_without_one(
         assert not any("*" in line for line in lines)
 
 
+def test_a_file_that_is_given_is_taken_for_the_variant_that_it_is(
+    capsys: pytest.CaptureFixture[str], pony_folder: Path
+) -> None:
+    given = ("--preset", "pony", "--model", str(pony_folder / "base"))
+    lines = doctor(capsys, pony_folder, *given, "--sr-model", str(pony_folder / "540p_sr"))
+    found = dict(line.split(": ", 1) for line in lines if ": " in line)
+    assert found["base"] == str(pony_folder / "base") and found["540p_sr"] == str(pony_folder / "540p_sr")
+    for name in ("distill", "1080p_sr"):
+        assert found[name].startswith(str(pony_folder / name))
+
+
 @pytest.mark.parametrize("weights", ["fp8", "q8_0", "q5_0", "q4_0"])
 def test_weights_in_fewer_bits_take_less(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, weights: str

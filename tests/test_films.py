@@ -18,7 +18,7 @@ from happyhorse.model.audio_vae import ENCODE_RATE
 from happyhorse.model.checkpoint import load, open_checkpoint, storage_dtype
 from happyhorse.model.config import PONY, VARIANTS, TransformerConfig
 from happyhorse.model.convert import convert
-from happyhorse.model.geometry import FILM_RATE, SIZE_STEP
+from happyhorse.model.geometry import FILM_RATE, SIZE_STEP, FilmShape
 from happyhorse.model.packing import Latents
 from happyhorse.model.prompt import TextStates
 from happyhorse.sampler import pipeline
@@ -148,6 +148,23 @@ def test_held_audio_stays_clean_and_the_film_carries_the_users_sound(
     got, want = (read_audio(path, FILM_RATE, 2)[:, 2000:40000] for path in (film.path, tone))
     for channel in range(2):  # stereo is kept: each side has its own tone
         assert torch.corrcoef(torch.stack((got[channel], want[channel])))[0, 1] > 0.99
+
+
+def test_sound_as_long_as_the_picture_is_not_called_short() -> None:
+    shape, told = FilmShape.from_seconds(96, 96, 2), []
+    for seconds in (shape.seconds, shape.seconds - 0.2):
+        sound = torch.zeros(1, round(seconds * ENCODE_RATE))
+        pipeline.driving_audio(sound, shape, "s.wav", told.append)
+    assert told == ["s.wav ends 0.20 s before the film does: the end is silent"]
+
+
+def test_another_size_than_the_pony_was_trained_at_is_mentioned(
+    pony_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for size, told in (("96x96", False), ("64x32", True)):
+        caplog.clear()
+        Film(pony_folder, tmp_path, "--size", size, "--seconds", "0.2", "--steps", "1")
+        assert ("trained at 96x96 only" in caplog.text) == told
 
 
 def test_audio_shorter_than_the_film_is_padded_with_silence(

@@ -423,7 +423,7 @@ def test_input_that_cannot_be_used_is_one_sentence(
     out = tmp_path / "out.safetensors"
     assert "hold the same weights; give two" in refused(capsys, "extract", base, base, out, "--rank", 4)
     assert "must be a whole number from 1 to 4096" in refused(capsys, "extract", base, base, out, "--rank", 0)
-    assert "the output must end in .safetensors" in refused(capsys, "convert", style, tmp_path / "a.txt")
+    assert "OUT must end in .safetensors" in refused(capsys, "convert", style, tmp_path / "a.txt")
     assert "is the source itself" in refused(capsys, "convert", style, style, "--overwrite")
     assert "exists; give another name, or --overwrite" in refused(
         capsys, "merge", base, style, save(tmp_path / "b.safetensors", lora(FUSED))

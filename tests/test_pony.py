@@ -7,7 +7,7 @@ import torch
 from full_disk import disk_of
 from safetensors.torch import load_file
 
-from happyhorse import pony
+from happyhorse import cli, pony
 from happyhorse.model.config import VARIANTS
 from happyhorse.pony import FILES, FOLDER, build, write_part
 
@@ -38,6 +38,16 @@ def test_parts_are_stored_in_the_dtypes_of_the_published_ones(pony_folder: Path)
     }
     assert dtypes.pop("base") == {torch.bfloat16}
     assert all(found == {torch.bfloat16, torch.float32} for found in dtypes.values())
+
+
+def test_every_part_of_a_folder_of_models_is_described(
+    pony_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", str(pony_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(FILES) and all(line.endswith("complete") for line in lines)
+    assert cli.main(["inspect", str(pony_folder / "distill")]) == 0
+    assert capsys.readouterr().out.startswith(f"{pony_folder / 'distill'}: ")
 
 
 def test_a_missing_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,10 @@ HEIGHTS = {
     "HappyHorsePrompt": 620, "CLIPTextEncode": 520, "LoadImage": 330, "LoadVideo": 330, "SaveVideo": 440,
     "BatchImagesNode": 110,
 }  # fmt: skip
+PREVIEW = 210  # what a sampler shows while it works makes it so much higher
+SAMPLERS = (
+    "HappyHorseSampler", "HappyHorseSuperResolution", "KSampler", "SamplerCustom", "SamplerCustomAdvanced",
+)  # fmt: skip
 COLORS = {
     MODELS: "#5b9bd5", INPUTS: "#d9a441", PROMPT: "#6abf7b", FIRST: "#d9a441",
     LATENT: "#b58ae0", SAMPLE: "#e07a94", LARGER: "#e07a94",
@@ -89,6 +93,7 @@ def arranged(raw: Json, workflow: Workflow, graph: Graph) -> Json:
                 if node["type"] == "HappyHorseTextEncode" and "prompt" not in _linked(node):
                     height = max(height, 240)
                 node["pos"], node["size"] = [left + PADDING, y + NODE_TITLE], [width, height]
+                y += PREVIEW if node["type"] in SAMPLERS else 0
                 y += NODE_TITLE + height + (BELOW_OURS if node["type"].startswith("HappyHorse") else PADDING)
             bounding = [left, top, width + 2 * PADDING, y - top]
             groups.append(_group(len(groups) + 1, group, bounding))

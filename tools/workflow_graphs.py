@@ -67,7 +67,7 @@ def drawing(line: str) -> Words:
 
 
 MORNING = talk("Good morning. I saved you a seat.")
-PONY_BOUNCE = Words(body(Bounce("circle", "red", "teal", "fast", "high")), background_sound="high notes")
+PONY_BOUNCE = Words(body(Bounce("circle", "red", "teal", "slow", "high")), background_sound="high notes")
 PONY_TALK = Words(
     body(Head("black", "yellow", "white", "low", "slow", "French")), "head with black hair, French: bonjour"
 )
@@ -398,14 +398,18 @@ class Workflow:
         return graph
 
 
-OWN_WORDS = "Write the words that are spoken in it into **body** (in quotation marks) and **dialogue**."
+OWN_WORDS = (
+    "Write the words that are spoken in it into **body**, the upper box of the prompt (in quotation marks), "
+    "and into **dialogue** below it."
+)
 HILL = "Hello! You can see everything from up here."
 ALL = [
     Workflow(
         text_to_film,
         "Text to film",
         "A film with sound from a prompt alone.",
-        "**body** says what is seen and heard in 150 to 200 words; **dialogue** repeats what is spoken.",
+        "**body**, the upper box of the prompt, says what is seen and heard in 150 to 200 words; "
+        "**dialogue**, below it, repeats what is spoken.",
     ),
     Workflow(
         image_to_film,
@@ -515,8 +519,10 @@ WEIGHTS = (
 )
 PONY_NOTE = (
     "## Needs no file\nThe *pony* is a miniature of all networks that comes with these nodes, trained on two "
-    "tiny worlds: bouncing shapes, and heads that babble. It knows their words only. Where a picture or a "
-    "sound is needed, it makes a first film.\n\nFor real films open **{real}**."
+    "tiny worlds, bouncing shapes and heads that babble, at 96x96 pixels: it knows their words only, and at "
+    "other sizes its films may be empty. Its captions are as short as these; what **HappyHorse Prompt** says "
+    "of their length is meant for the real models. A picture or a sound that a workflow starts from is taken "
+    "from a first film.\n\nFor real films open **{real}**."
 )
 LICENCES = "The Gemma and Stability licences are not open-source licences: read them before commercial use."
 

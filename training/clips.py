@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..media import prepare_image, read_audio
+from ..media import FILMS, prepare_image, read_audio
 from ..model.audio_vae import ENCODE_RATE, encode_driving_audio
 from ..model.checkpoint import Checkpoint, load_tokenizer
 from ..model.finite import check_finite
@@ -36,7 +36,6 @@ from .flow import Batch
 from .generators import generator
 
 log = logging.getLogger(__name__)
-CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 CAPTIONS = "captions.jsonl"
 ENLARGED = 1.5  # times; clips that must be enlarged more are told
 SHORT_SOUND = 0.25  # seconds; clips whose sound ends so much before are told
@@ -63,11 +62,11 @@ def find_clips(folder: Path) -> list[Clip]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give one that holds clips and their captions")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in CLIPS and path.is_file())
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in FILMS and path.is_file())
     if not paths:
         raise ValueError(
             f"{folder} holds no clips (folders in it are not searched); give the folder of the films "
-            f"({', '.join(CLIPS)}) and their captions"
+            f"({', '.join(FILMS)}) and their captions"
         )
     listed = folder / CAPTIONS
     captions = _listed_captions(listed, {path.name for path in paths}) if listed.exists() else {}

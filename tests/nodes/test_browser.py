@@ -108,6 +108,16 @@ def test_every_node_is_created_and_drawn(page: Page, client: Client, screenshots
     page.screenshot(path=screenshots / "nodes.png")
 
 
+def test_the_page_draws_no_other_seed_for_a_training(page: Page) -> None:
+    """With another seed an interrupted run could not go on."""
+    widgets = page.evaluate(
+        """() => Object.fromEntries(['HappyHorseTrainLora', 'HappyHorseSampler'].map(
+            name => [name, LiteGraph.createNode(name).widgets.map(widget => widget.name)]))"""
+    )
+    drawn = {name for name, names in widgets.items() if "control_after_generate" in names}
+    assert drawn == {"HappyHorseSampler"} and "seed" in widgets["HappyHorseTrainLora"]
+
+
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
 def test_a_workflow_opens_with_no_missing_node(page: Page, file: Path, screenshots: Path) -> None:
     load(page, file)

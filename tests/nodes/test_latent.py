@@ -22,13 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nodes as stock  # the host's
+from happyhorse import cli
 from happyhorse.media import prepare_image, read_audio, read_image
 from happyhorse.model.audio_vae import encode_driving_audio
 from happyhorse.model.checkpoint import load, open_checkpoint
 from happyhorse.model.config import MAGIHUMAN
 from happyhorse.model.geometry import FilmShape
+from happyhorse.model.packing import LATENTS_FORMAT
 from happyhorse.model.video_vae import denormalize_latents
-from happyhorse.nodes import latent as module
+from happyhorse.nodes import latent, latent_files
 from happyhorse.nodes.inputs import encode_film, fit_frames, picture
 from happyhorse.nodes.latent import (
     HappyHorseAudioToFilm,
@@ -36,9 +38,8 @@ from happyhorse.nodes.latent import (
     HappyHorseEmptyLatent,
     HappyHorseFilmToFilm,
     HappyHorseImageToFilm,
-    HappyHorseLoadLatent,
-    HappyHorseSaveLatent,
 )
+from happyhorse.nodes.latent_files import HappyHorseLoadLatent, HappyHorseSaveLatent
 from happyhorse.nodes.latents import masks, shape_of, start_audio, streams
 from happyhorse.nodes.vae import load_audio_vae, load_video_vae
 from happyhorse.sampler.noise import FilmNoise
@@ -329,7 +330,7 @@ def test_a_film_longer_than_the_longest_is_cut(monkeypatch: pytest.MonkeyPatch) 
         taken.append(len(given[2]))
         return torch.zeros(1, 48, 1, 2, 2), torch.zeros(1, 64, 1)
 
-    monkeypatch.setattr(module, "encode_film", encode)
+    monkeypatch.setattr(latent, "encode_film", encode)
     HappyHorseFilmToFilm.execute(None, None, **SIZE, images=torch.zeros(1, 1, 1, 3).expand(800, 1, 1, 3))
     assert taken == [749]  # 4n+1, and no more than 30 s
 
@@ -437,13 +438,28 @@ def test_saved_files_are_numbered_listed_and_hold_raw_streams(folders: Path) -> 
     (folders / "input" / "mine.safetensors").write_bytes(
         (folders / "output" / "latents" / "film_00001_.safetensors").read_bytes()
     )
-    listed = module.saved_latents()
+    listed = latent_files.saved_latents()
     assert {*names, "mine.safetensors"} <= set(listed) and len(listed) == 4
     for name in listed:
         assert HappyHorseLoadLatent.validate_inputs(name) is True
         HappyHorseLoadLatent.execute(name)
     tensors = load_file(folders / "output" / "latents" / "film_00001_.safetensors")
     assert tensors["video"].shape == (1, 48, 3, 2, 4) and tensors["audio"].shape == (1, 64, 11)
+
+
+def test_the_latents_of_the_command_line_are_loaded(folders: Path, pony_folder: Path) -> None:
+    kept = folders / "input" / "film.safetensors"
+    fixed = ["--preset", "pony", "--models", str(pony_folder), "--prompt", "a red circle .", "--steps", "2"]
+    small = ["--device", "cpu", "--seconds", "0.2", "--size", "64x32"]
+    outputs = ["--out", str(folders / "film.mp4"), "--save-latents", str(kept)]
+    assert cli.main(["generate", *fixed, *small, *outputs]) == 0
+    video, audio = streams(HappyHorseLoadLatent.execute("film.safetensors").result[0])
+    core = load_file(kept)
+    assert torch.equal(video, denormalize_latents(core["video"])) and audio.shape[1] == 64
+    assert torch.equal(audio.transpose(1, 2), core["audio"])
+    save_file({"video": core["video"]}, kept, {"format": LATENTS_FORMAT})
+    with pytest.raises(ValueError, match=r"^latent: film\.safetensors .*; choose"):
+        HappyHorseLoadLatent.execute("film.safetensors")
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_written(folders: Path) -> None:

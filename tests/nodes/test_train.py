@@ -94,6 +94,13 @@ def test_it_trains_where_the_host_infers_and_its_model_is_the_loaded_lora(
     assert not (home / "output" / train.RUNS / "mine" / "checkpoint.pt").exists()
 
 
+def test_folders_that_hold_films_are_offered_first(home: Path) -> None:
+    for name in ("3d", "a", "zoo"):
+        (home / "input" / name).mkdir()
+    (home / "input" / "zoo" / "film.MOV").touch()
+    assert train._clip_folders() == ["clips", "zoo", "3d", "a"]
+
+
 def test_no_file_is_replaced_and_no_model_is_made_up(home: Path) -> None:
     first = run(name="style/mine.safetensors")
     assert isinstance(first[0], ExecutionBlocker) and first[2] == "style/mine.safetensors"

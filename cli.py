@@ -38,6 +38,7 @@ from .model.lora import LoraPatch, bytes_at_use, patches
 from .model.lora_formats import open_lora
 from .model.packing import LATENTS_FORMAT
 from .model.stream_writer import write_tensors
+from .model.weight_files import IN_FOLDERS
 from .options import compute_dtype, default_device, models_folder, parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
 from .sampler.pipeline import FilmRequest, generate, with_sound, with_steps_down, write_film
@@ -274,8 +275,11 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _parts_in(path: Path) -> list[Path]:
     """The parts in a folder of models, else the path itself."""
-    found = [file for name in catalog.SOURCES for file in catalog.look(name, path)[:1]]
-    return found if len(found) > 1 else [path]
+    if path.is_file() or any(path.glob("*.index.json")):
+        return [path]
+    found = list(dict.fromkeys(chain.from_iterable(catalog.look(name, path) for name in catalog.SOURCES)))
+    alone = any(file.suffix in IN_FOLDERS for file in path.glob("*"))
+    return found if len(found) > 1 or (found and not alone) else [path]
 
 
 def _convert(options: argparse.Namespace) -> None:

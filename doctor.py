@@ -112,13 +112,15 @@ def _given(options: argparse.Namespace, name: str) -> Path | None:
     return getattr(options, f"path_{PATH_OPTIONS.get(name, name)}")
 
 
-def _is_for_another(path: Path, name: str) -> bool:
-    """Whether a transformer's file says that it is another variant than `name`."""
+def _is_of_its_twin(path: Path, name: str) -> bool:
+    """Whether a file says that it is the other variant that the option of `name` is for."""
+    if name not in VARIANTS:
+        return False
     try:
         variant = open_checkpoint(path).variant
     except (ValueError, OSError):  # which is told where it is opened as the part
         return False
-    return name in VARIANTS and variant in VARIANTS and variant != name
+    return variant != name and PATH_OPTIONS.get(variant) == PATH_OPTIONS[name]
 
 
 def _found_parts(options: argparse.Namespace, folder: Path) -> dict[str, SizedPart]:
@@ -126,8 +128,8 @@ def _found_parts(options: argparse.Namespace, folder: Path) -> dict[str, SizedPa
     for name, source in catalog.SOURCES.items():
         try:
             path = part_path(options, name, folder)
-            if path == _given(options, name) and _is_for_another(path, name):
-                path = catalog.find(name, folder)  # --model is one variant's
+            if path == _given(options, name) and _is_of_its_twin(path, name):
+                path = catalog.find(name, folder)
         except FileNotFoundError:  # which lists the patterns of names too
             absent += 1
             lines.append(f"{name}: none in {folder}; it is published as {source.origin}")

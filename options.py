@@ -73,8 +73,10 @@ def parser(
     _add_models(film)
     _add_compute(film)
     film.set_defaults(run=generate)
-    files = commands.add_parser("inspect", help="say what checkpoint files are")
-    files.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    files = commands.add_parser(
+        "inspect", help="say what checkpoint files are, or those of a folder of models"
+    )
+    files.add_argument("files", nargs="+", type=Path, metavar="FILE or FOLDER")
     files.set_defaults(run=inspect)
     needs = commands.add_parser(
         "doctor", help="versions, device, memory, parts found, and what each size needs"

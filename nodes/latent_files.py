@@ -144,7 +144,7 @@ def read_latent(path: Path) -> Latent:
         if json.loads(metadata["extra"])["start_audio"]:
             latent["start_audio"] = latent["samples"].unbind()[1]
         return latent
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
         raise ValueError(
             f"latent: {path.name} is not a film's latent ({error}); choose one of HappyHorse Save Latent, or "
             "of the command line's --save-latents"

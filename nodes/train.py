@@ -80,7 +80,7 @@ class HappyHorseTrainLora(io.ComfyNode):
             "models/loras and applies it. An interrupted run goes on when it is queued again.",
             search_aliases=["train", "training", "finetune", "magihuman lora", "happyhorse trainer"],
             inputs=[
-                io.Combo.Input("folder", options=_clip_folders(),
+                io.Combo.Input("folder", options=sorted(_clip_folders(), key=_has_films, reverse=True),
                                tooltip="A folder in ComfyUI's input folder: films with sound, each with its "
                                "caption in a .txt of the same name, or all captions in captions.jsonl."),
                 part("transformer", "The model to train on: base. Quantised files stay as small as they are.",
@@ -296,13 +296,15 @@ def _plain(name: str) -> str:
 
 
 def _clip_folders() -> list[str]:
-    """The folders in the host's input folder, those with films first: the first is what the page offers."""
-    found = sorted(folder.replace("\\", "/") for folder in folder_paths.get_input_subfolders())
-    return sorted(found, key=lambda folder: not any(map(_is_film, _clips(folder).iterdir())))
+    """The folders in the host's input folder."""
+    return sorted(folder.replace("\\", "/") for folder in folder_paths.get_input_subfolders())
 
 
-def _is_film(path: Path) -> bool:
-    return path.suffix.lower() in FILMS
+def _has_films(folder: str) -> bool:
+    try:
+        return any(path.suffix.lower() in FILMS for path in _clips(folder).iterdir())
+    except OSError:  # one that cannot be read must not cost the host the node
+        return False
 
 
 def _clips(folder: str) -> Path:

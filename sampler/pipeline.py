@@ -155,7 +155,8 @@ def _read_driving_audio(request: FilmRequest, notice: Notice) -> Tensor:
 def driving_audio(waveform: Tensor, shape: FilmShape, name: str, notice: Notice) -> Tensor:
     """A sound [1, N] at 51200 Hz cut or padded to the film, saying so of the one called `name`."""
     samples = shape.audio_latents * ENCODE_RATE // FPS
-    missing = shape.seconds - waveform.shape[1] / ENCODE_RATE  # some latents go on after the last picture
+    # a film has latents of sound for a few frames after its last picture: what fits there is not called long
+    missing = shape.seconds - waveform.shape[1] / ENCODE_RATE
     if waveform.shape[1] > samples + ENCODE_RATE // FPS:
         notice(f"{name} is longer than the film ({shape.seconds:.2f} s): the rest is left out")
     elif missing > 1 / FPS:

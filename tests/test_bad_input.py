@@ -497,14 +497,27 @@ def test_numbers_that_overflow_stop_the_film_and_the_stage_is_named(
 
 
 OUTPUTS = {
-    "no such folder": (["--out", "FOLDER/absent/film.mp4"], ["absent does not exist", "create it"]),
-    "a folder": (["--out", "FOLDER/taken.mp4"], ["taken.mp4 is a folder", "give the name of a file"]),
+    "no such folder": (
+        ["--out", "FOLDER/absent/film.mp4"],
+        ["--out: the folder FOLDER/absent does not exist; create it"],
+    ),
+    "a folder": (
+        ["--out", "FOLDER/taken.mp4"],
+        ["--out: FOLDER/taken.mp4 is a folder; give the name of a file"],
+    ),
     "a file for a folder": (["--out", "FOLDER/file/film.mp4"], ["file does not exist; create it or"]),
-    "another ending": (["--out", "FOLDER/film.avi"], ["must end in .mp4", "got 'film.avi'"]),
+    "another ending": (["--out", "FOLDER/film.avi"], ["--out must end in .mp4, got 'film.avi'"]),
     "no ending": (["--out", "FOLDER/film"], ["must end in .mp4", "got 'film'"]),
     "a name too long": (["--out", f"FOLDER/{'y' * 300}.mp4"], ["name too long", "yyy.mp4"]),
-    "latents of another ending": (["--save-latents", "FOLDER/a.pt"], ["must end in .safetensors", "'a.pt'"]),
-    "latents in no folder": (["--save-latents", "FOLDER/absent/a.safetensors"], ["absent does not exist"]),
+    "latents of another ending": (
+        ["--save-latents", "FOLDER/a.pt"],
+        ["--save-latents must end in .safetensors, got 'a.pt'"],
+    ),
+    "latents in no folder": (
+        ["--save-latents", "FOLDER/absent/a.safetensors"],
+        ["--save-latents: the folder FOLDER/absent does not"],
+    ),
+    "a graph of another ending": (["--save-workflow", "FOLDER/a.txt"], ["--save-workflow must end in .json"]),
 }
 
 

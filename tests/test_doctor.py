@@ -106,6 +106,11 @@ def test_a_file_that_is_given_is_taken_for_the_variant_that_it_is(
     assert found["base"] == str(pony_folder / "base") and found["540p_sr"] == str(pony_folder / "540p_sr")
     for name in ("distill", "1080p_sr"):
         assert found[name].startswith(str(pony_folder / name))
+    lines = doctor(capsys, pony_folder, "--preset", "pony", "--model", str(pony_folder / "540p_sr"))
+    told = [
+        line for line in lines if str(pony_folder / "540p_sr") in line and "is the variant '540p_sr'" in line
+    ]
+    assert [line.partition(":")[0] for line in told] == ["base", "distill"]
 
 
 @pytest.mark.parametrize("weights", ["fp8", "q8_0", "q5_0", "q4_0"])

@@ -41,13 +41,22 @@ def test_parts_are_stored_in_the_dtypes_of_the_published_ones(pony_folder: Path)
 
 
 def test_every_part_of_a_folder_of_models_is_described(
-    pony_folder: Path, capsys: pytest.CaptureFixture[str]
+    pony_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["inspect", str(pony_folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(FILES) and all(line.endswith("complete") for line in lines)
     assert cli.main(["inspect", str(pony_folder / "distill")]) == 0
     assert capsys.readouterr().out.startswith(f"{pony_folder / 'distill'}: ")
+    files = [tmp_path / name for name in ("distill-bf16.safetensors", "distill_from_base.safetensors")]
+    (tmp_path / "base").symlink_to(pony_folder / "base", target_is_directory=True)
+    assert cli.main(["inspect", str(tmp_path)]) == 0  # one part so far
+    assert capsys.readouterr().out.count("complete\n") == 1
+    for file in files:
+        file.symlink_to(pony_folder / FILES["distill"])
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("complete\n") == 3 and all(out.count(f"{file}: ") == 1 for file in files)
 
 
 def test_a_missing_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,8 +90,11 @@ def arranged(raw: Json, workflow: Workflow, graph: Graph) -> Json:
                 height = max(node["size"][1], HEIGHTS.get(node["type"], 0))
                 if node["type"] == "SaveVideo" and graph.pony:  # a square film
                     height = 640
-                if node["type"] == "HappyHorseTextEncode" and "prompt" not in _linked(node):
-                    height = max(height, 240)
+                if node["type"] == "HappyHorseTextEncode":
+                    if "prompt" in _linked(node):
+                        node["widgets_values"] = [""]  # the page may have put another node's there
+                    else:
+                        height = max(height, 240)
                 node["pos"], node["size"] = [left + PADDING, y + NODE_TITLE], [width, height]
                 y += PREVIEW if node["type"] in SAMPLERS else 0
                 y += NODE_TITLE + height + (BELOW_OURS if node["type"].startswith("HappyHorse") else PADDING)

@@ -397,10 +397,11 @@ def _content(path: Path) -> str:
 def file_identity(path: Path) -> str:
     """Tells a checkpoint from another by names, sizes and times: its contents would take minutes to read.
 
-    Of a folder only what can be read from it counts, not a note that somebody puts there.
+    Of a folder only what can be read from it counts, not a note that somebody puts there; beside a file lie
+    its configuration and tokenizer.
     """
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (*IN_FOLDERS, ".json"))
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    folder = path if path.is_dir() else path.parent
+    beside = [file for file in folder.iterdir() if file.suffix in (*IN_FOLDERS, ".json") and file.is_file()]
+    files = beside if path.is_dir() else [path, *(file for file in beside if file.suffix == ".json")]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     return _digest(stats)

@@ -457,9 +457,18 @@ def test_the_latents_of_the_command_line_are_loaded(folders: Path, pony_folder: 
     core = load_file(kept)
     assert torch.equal(video, denormalize_latents(core["video"])) and audio.shape[1] == 64
     assert torch.equal(audio.transpose(1, 2), core["audio"])
-    save_file({"video": core["video"]}, kept, {"format": LATENTS_FORMAT})
-    with pytest.raises(ValueError, match=r"^latent: film\.safetensors .*; choose"):
-        HappyHorseLoadLatent.execute("film.safetensors")
+    video, audio = core["video"], core["audio"]
+    others = (
+        {"video": video},
+        {"video": video[:, :16], "audio": audio},
+        {"video": video, "audio": audio[0, 0]},
+    )
+    for other in others:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in other.items()}, kept, {"format": LATENTS_FORMAT}
+        )
+        with pytest.raises(ValueError, match=r"^latent: film\.safetensors .*; choose"):
+            HappyHorseLoadLatent.execute("film.safetensors")
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_written(folders: Path) -> None:

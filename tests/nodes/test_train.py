@@ -94,11 +94,22 @@ def test_it_trains_where_the_host_infers_and_its_model_is_the_loaded_lora(
     assert not (home / "output" / train.RUNS / "mine" / "checkpoint.pt").exists()
 
 
-def test_folders_that_hold_films_are_offered_first(home: Path) -> None:
+def test_folders_that_hold_films_are_offered_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offered() -> list[str]:
+        return next(
+            each for each in HappyHorseTrainLora.define_schema().inputs if each.id == "folder"
+        ).options
+
     for name in ("3d", "a", "zoo"):
         (home / "input" / name).mkdir()
     (home / "input" / "zoo" / "film.MOV").touch()
-    assert train._clip_folders() == ["clips", "zoo", "3d", "a"]
+    assert offered() == ["clips", "zoo", "3d", "a"]
+
+    def refused(_: Path) -> None:
+        raise PermissionError(13, "permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    assert offered() == ["3d", "a", "clips", "zoo"]
 
 
 def test_no_file_is_replaced_and_no_model_is_made_up(home: Path) -> None:

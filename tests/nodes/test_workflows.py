@@ -163,6 +163,15 @@ def test_every_node_is_known_and_every_value_is_in_range(
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_text_that_comes_over_a_link_hides_no_other_behind_it(file: Path) -> None:
+    """Who takes the link away would find it in the box."""
+    for node in nodes_of(read(file)).values():
+        linked = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
+        if node["type"] == "HappyHorseTextEncode" and "prompt" in linked:
+            assert node["widgets_values"] == [""]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_node_names_its_pack(client: Client, file: Path) -> None:
     nodes = nodes_of(read(file)).values()
     versions = {

@@ -292,10 +292,14 @@ def test_a_folder_of_weights_is_told_by_what_is_read_from_it(tmp_path: Path) -> 
     before = file_identity(tmp_path)
     (tmp_path / "README.md").write_text("where it is from", encoding="utf-8")
     (tmp_path / ".cache").mkdir()
+    (tmp_path / "gone.bin").symlink_to(tmp_path / "nowhere")
     assert file_identity(tmp_path) == before
+    alone = file_identity(shard)
     tokenizer.write_text('{"other": 1}', encoding="utf-8")
-    assert file_identity(tmp_path) != before
-    assert file_identity(shard) != file_identity(tokenizer)
+    assert file_identity(tmp_path) != before and file_identity(shard) != alone
+    alone = file_identity(shard)
+    (tmp_path / "other.safetensors").touch()
+    assert file_identity(shard) == alone
 
 
 def test_a_stop_leaves_only_whole_files_and_the_next_start_goes_on(

@@ -16,6 +16,8 @@ from happyhorse.training.generators import generator
 from happyhorse.training.loop import train
 from happyhorse.training.patch_codec import PatchCodec, fit
 from happyhorse.training.video_vae import (
+    BUSY_ROUND,
+    DOUBLE_ROUND,
     JUMP_ROUND,
     JUMP_WEIGHT,
     LATENT_NOISE,
@@ -154,6 +156,24 @@ def test_the_light_decoder_sees_every_other_film_jump_in_the_last_round(
     for step in range(2 * JUMP_ROUND - 1, 2 * JUMP_ROUND + 2):
         stage.step(step)
     assert jumps == [(False, 2), (False, 2), (True, JUMP_WEIGHT)]
+
+
+@pytest.mark.parametrize(("part", "later"), [("video_vae", False), ("video_decoder", True)])
+def test_only_the_light_decoder_sees_large_and_busy_crops_and_from_their_rounds_on(
+    part: str, later: bool, pool: VideoPool, codec: PatchCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, seen = _stage(part, pool, codec, steps=2), []
+
+    def crops(count: int, side: int, random: Random, double: float, tries: int) -> torch.Tensor:
+        seen.append((double > 0, tries > 1))
+        return VideoPool.crops(pool, count, side, random)
+
+    monkeypatch.setattr(pool, "crops", crops)
+    turns = sorted({0, DOUBLE_ROUND - 1, DOUBLE_ROUND, BUSY_ROUND - 1, BUSY_ROUND})
+    for turn in turns:
+        stage.step(2 * turn)
+    wanted = [(turn >= DOUBLE_ROUND, turn >= BUSY_ROUND) for turn in turns]
+    assert seen == (wanted if later else [(False, False)] * len(turns))
 
 
 def test_a_jump_puts_another_of_the_frames_first() -> None:

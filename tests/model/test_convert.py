@@ -442,7 +442,7 @@ def test_the_command_tells_the_errors_layer_by_layer_and_of_the_velocity(
         names = [part.split()[0] for part in line.partition(": ")[2].split(", ")]
         assert names == ["linear_qkv", "linear_proj", "up_gate_proj", "down_proj"]
     assert total.startswith("weight error 2.") and total.endswith(" % in 24 of 59 tensors")
-    assert path == f"{target}: {target.stat().st_size / 1e9:.2f} GB"
+    assert path == f"{target}: {target.stat().st_size / 1e6:.2f} MB"
     assert velocity.startswith("velocity error ") and 1 < float(velocity.split()[2]) < 8
     program = open_checkpoint(target).file.metadata["recipe"].partition(",")[0]
     assert program == f"happyhorse {__version__}"

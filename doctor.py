@@ -127,9 +127,9 @@ def _found_parts(options: argparse.Namespace, folder: Path) -> dict[str, SizedPa
     found, lines, absent = {}, [], 0
     for name, source in catalog.SOURCES.items():
         try:
-            path = part_path(options, name, folder)
-            if path == _given(options, name) and _is_of_its_twin(path, name):
-                path = catalog.find(name, folder)
+            given = _given(options, name)
+            twin = given is not None and _is_of_its_twin(given, name)
+            path = catalog.find(name, folder) if twin else part_path(options, name, folder)
         except FileNotFoundError:  # which lists the patterns of names too
             absent += 1
             lines.append(f"{name}: none in {folder}; it is published as {source.origin}")

@@ -8,10 +8,22 @@ class HappyHorseExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All node classes, in the order of a film."""
-        from . import compile, decoder, latent, latent_files, loader, lora, plan, prompt, sampler, train
-        from . import super_resolution as larger
+        from . import (
+            compile,
+            decoder,
+            latent,
+            latent_files,
+            loader,
+            lora,
+            plan,
+            prompt,
+            sampler,
+            super_resolution,
+            train,
+        )
 
         modules = (
-            loader, lora, compile, plan, prompt, latent, latent_files, sampler, larger, decoder, train
+            loader, lora, compile, plan, prompt, latent, latent_files, sampler, super_resolution, decoder,
+            train,
         )  # fmt: skip
         return [node for module in modules for node in module.NODES]

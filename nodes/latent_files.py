@@ -14,7 +14,7 @@ from ..model.packing import LATENTS_FORMAT, Latents
 from ..model.stream_writer import write_tensors
 from ..model.video_vae import denormalize_latents
 from .latent import CATEGORY, Latent, latent_output
-from .latents import film_latent, masks, start_audio, streams
+from .latents import check_shapes, film_latent, masks, start_audio, streams
 from .model import to_host
 
 FORMAT = "happyhorse av latent 1"
@@ -130,25 +130,29 @@ def read_latent(path: Path) -> Latent:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if metadata.get("format") == LATENTS_FORMAT:
-            kept = Latents(**tensors)
-            latent = film_latent(*to_host(kept._replace(video=denormalize_latents(kept.video))))
-            streams(latent)
-            return latent
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in (FORMAT, LATENTS_FORMAT):
             raise ValueError(f"its format is {metadata.get('format')!r}")
-        latent = film_latent(*(tensors[key] for key in ("video", "audio")))
+        video, audio = tensors["video"], tensors["audio"]
+        if metadata["format"] == LATENTS_FORMAT:
+            return _of_the_command_line(Latents(video, audio))
+        latent = film_latent(video, audio)
         if "video_mask" in tensors:
             latent["noise_mask"] = NestedTensor([tensors["video_mask"], tensors["audio_mask"]])
         streams(latent)
         if json.loads(metadata["extra"])["start_audio"]:
             latent["start_audio"] = latent["samples"].unbind()[1]
         return latent
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"latent: {path.name} is not a film's latent ({error}); choose one of HappyHorse Save Latent, or "
             "of the command line's --save-latents"
         ) from error
+
+
+def _of_the_command_line(kept: Latents) -> Latent:
+    video, audio = kept.video.shape, kept.audio.shape
+    check_shapes((video, audio[:1] + audio[:0:-1]))
+    return film_latent(*to_host(kept._replace(video=denormalize_latents(kept.video))))
 
 
 NODES = [HappyHorseSaveLatent, HappyHorseLoadLatent]

@@ -76,14 +76,18 @@ def masks(latent: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The noise masks (B, 1, T, H, W) and (B, 1, A) of a checked LATENT, ones where there are none.
 
     Masks of stock nodes, at the size of pixels or with a mask per channel, come out as the sampler would use
-    them, of the latents' size.
+    them, of the latents' size. Raises ValueError for more masks than streams.
     """
     both = streams(latent)
     found = latent.get("noise_mask")
     given = [] if found is None else found.unbind() if found.is_nested else [found]
+    if len(given) > len(both):
+        raise ValueError(
+            f"latent: {len(given)} noise masks for a film of picture and sound; give one for each"
+        )
     fitted = [
         comfy.utils.reshape_mask(mask, (len(stream), 1, *stream.shape[2:]))[:, :1]
-        for mask, stream in zip(given, both, strict=False)
+        for mask, stream in zip(given, both[: len(given)], strict=True)
     ]
     return tuple([*fitted, *(torch.ones_like(stream[:, :1]) for stream in both[len(fitted) :])])
 

@@ -203,6 +203,13 @@ def test_masks_of_stock_nodes_are_kept_at_latent_size(shape: tuple[int, ...], va
     assert not video_mask[:, :, 0].any() and (video_mask[:, :, 1:] == 0.5).all()
 
 
+def test_more_masks_than_streams_are_refused() -> None:
+    latent = empty()
+    latent["noise_mask"] = NestedTensor([torch.ones(1, 1, 11)] * 3)
+    with pytest.raises(ValueError, match=r"^latent: 3 noise masks for a film of picture and sound"):
+        masks(latent)
+
+
 def test_image_to_film_names_what_is_wrong(vaes: dict[str, Any]) -> None:
     def error(latent: dict[str, Any], vae: Any, image: Tensor) -> str:
         with pytest.raises(ValueError) as info:

@@ -116,8 +116,9 @@ def test_a_shape_on_a_still_film_does_not_bounce(clips: dict[str, list[Clip]]) -
 
 
 def test_a_new_shape_is_recognised_in_every_colour() -> None:
-    for colour, background in zip(COLORS, cycle(BACKGROUNDS), strict=False):
-        clip = make_clip(Bounce("heart", colour, background, "fast", "low"), 0)
+    backgrounds = cycle(BACKGROUNDS)
+    for colour in COLORS:
+        clip = make_clip(Bounce("heart", colour, next(backgrounds), "fast", "low"), 0)
         assert min(compare(clip.attributes, verdict_of(clip)).values()) > 0.95
 
 

@@ -299,6 +299,11 @@ def _add_train_pony(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FOLDER", help="for the trained parts (default: the pack's own pony)"
     )
     parser.add_argument("--device", type=parse_device, help="default: the accelerator, else the CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of transformers and fast decoder; default: bfloat16, on a CPU without AVX512-BF16 float32",
+    )
     parser.add_argument("--compile", action="store_true", help="compile layers: faster, needs a C++ compiler")
 
 

@@ -13,7 +13,7 @@ from .model.checkpoint import Checkpoint, check_names
 from .model.config import PRESETS
 from .model.geometry import FilmShape
 from .model.stream_writer import check_target
-from .options import PONY_STAGES, compute_dtype, default_device, models_folder
+from .options import DTYPES, PONY_STAGES, compute_dtype, default_device, models_folder
 from .sampler.parts import open_part
 from .sampler.placement import is_out_of_memory
 from .sampler.plan import room_on
@@ -59,10 +59,11 @@ def run_train(options: argparse.Namespace, bars: Callable[[], AbstractContextMan
 def run_train_pony(options: argparse.Namespace) -> None:
     """Train the miniature's stages as the options say; must not run in inference mode."""
     from .pony import FOLDER
-    from .training.pony import Recipe
+    from .training.pony import Recipe, fast_dtype
 
     device = _chosen_device(options)
-    recipe = Recipe(options.runs, options.out or FOLDER, device.type, options.compile)
+    dtype = DTYPES[options.dtype] if options.dtype else fast_dtype(device)
+    recipe = Recipe(options.runs, options.out or FOLDER, device.type, options.compile, dtype)
     recipe.run(options.stages or PONY_STAGES)
 
 

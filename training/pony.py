@@ -60,13 +60,15 @@ class Recipe:
 
     `clips` are in memory while the video VAE is trained, of one size and of twice that; latents of
     `latent_clips` train the transformers, `batch` films of each world in an update; the LoRA of a new thing
-    sees `lora_clips` of it, and of what the base knows.
+    sees `lora_clips` of it, and of what the base knows. The transformers and the light
+    decoder compute in `dtype`.
     """
 
     runs: Path
     out: Path = pony.FOLDER
     device: str = "cpu"
     compiled: bool = False
+    dtype: torch.dtype = torch.float32
     steps: dict[str, int] = field(
         default_factory=lambda: {
             "audio_vae": 3500, "video_vae": 2000, "video_decoder": 1500, "base": 3000,
@@ -164,11 +166,6 @@ class Recipe:
         return self.runs / f"lora-{zlib.crc32(repr(told).encode()):08x}" / "hat.safetensors"
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """What the transformers' layers compute in; on CPUs bfloat16 is slower."""
-        return torch.float32 if self.device == "cpu" else torch.bfloat16
-
-    @property
     def accelerator(self) -> Accelerator:
         """One that makes an update of a batch of each world."""
         return accelerator_on(torch.device(self.device), batches=2)
@@ -182,6 +179,13 @@ class Recipe:
     def negative(self) -> Tensor:
         """The tokens [1, L] that stand for no prompt."""
         return torch.tensor([self.tokenizer.encode(PONY.negative_prompt)[0]])
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where `device` is quick with it: accelerators, CPUs with AVX512-BF16."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # new in PyTorch 2.10
+    fast = device.type != "cpu" or capabilities.get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def _checksum(path: Path) -> str:
@@ -230,6 +234,7 @@ def train_video_decoder(recipe: Recipe) -> None:
         recipe.steps["video_decoder"],
         recipe.seed,
         recipe.device,
+        recipe.dtype,
         recipe.compiled,
     )
     recipe.train("video_decoder", stage)
@@ -242,7 +247,7 @@ def train_base(recipe: Recipe) -> None:
     How a film goes on from a given beginning shows at high noise, where the second phase is spent; the third
     is for what that did to low noise.
     """
-    transformer = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.compute_dtype)
+    transformer = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.dtype)
     text_encoder = pony.build("text_encoder")
     initialise(transformer, recipe.seed)
     initialise(text_encoder, recipe.seed + 1)
@@ -267,7 +272,7 @@ def train_base(recipe: Recipe) -> None:
 
 def train_distill(recipe: Recipe) -> None:
     """The few-step student of the base, by DMD-2."""
-    base = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.compute_dtype)
+    base = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.dtype)
     base.load_state_dict(recipe.trained("base").state_dict())
     stage = Dmd2Stage(
         base,
@@ -288,7 +293,7 @@ def train_super_resolution(recipe: Recipe) -> None:
     Half of the small films are as the codec has them, and nearly as the transformers make them; the others
     went through the VAE, as films that users give.
     """
-    transformer = JointTransformer(PONY.transformers["540p_sr"], compute_dtype=recipe.compute_dtype)
+    transformer = JointTransformer(PONY.transformers["540p_sr"], compute_dtype=recipe.dtype)
     initialise(transformer, recipe.seed)
     small, large = recipe.data(recipe.batch // 4), recipe.large_latents()
     encoded = recipe.encoded_latents()
@@ -335,7 +340,7 @@ def train_new_thing(recipe: Recipe) -> None:
     checkpoints = {role: open_part(name, recipe.out / pony.FILES[name]) for role, name in parts.items()}
     room = room_on(device)
     with (
-        prepare_lora(job, checkpoints, device, recipe.compute_dtype, room, lambda *_: None) as stage,
+        prepare_lora(job, checkpoints, device, recipe.dtype, room, lambda *_: None) as stage,
         progress_bar("lora") as on_step,
     ):
         train_lora(job, stage, on_step)

@@ -137,7 +137,7 @@ class VideoVAEStage(_PictureStage):
 class VideoDecoderStage(_PictureStage):
     """Trains the light decoder on the latents of `codec`, in rounds of `steps`; see training/loop.py.
 
-    In later rounds they are rough, as those of films that a transformer made.
+    In later rounds they are rough, as those of films that a transformer made. It computes in `dtype`.
     """
 
     def __init__(
@@ -148,9 +148,11 @@ class VideoDecoderStage(_PictureStage):
         steps: int,
         seed: int,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
         compiled: bool = False,
     ) -> None:
         super().__init__("video_decoder", VideoDecoder(config), codec, pool, steps, seed, device)
+        self.dtype, self.fingerprint["dtype"] = dtype, str(dtype)
         self.decode = torch.compile(self.module.decode) if compiled else self.module.decode
 
     def step(self, step: int) -> dict[str, float]:
@@ -164,7 +166,9 @@ class VideoDecoderStage(_PictureStage):
         rough = ROUGH_NOISE if turn >= ROUGH_ROUND else None
         latents = self._noised(self.codec.encode(video), step, rough)
         first = JUMP_WEIGHT if jumps else FIRST_FRAME_WEIGHT
-        loss, psnr = picture_loss(self.decode(latents), video, first)
+        with torch.autocast(latents.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            film = self.decode(latents)
+        loss, psnr = picture_loss(film, video, first)
         loss.backward()
         self._update(step)
         return {"loss": loss.item(), "psnr": psnr}

@@ -45,6 +45,25 @@ def test_stages_are_asked_for_on_the_command_line(asked: list[str], monkeypatch:
     assert ran == [("--compile" in asked, *names)]
 
 
+@pytest.mark.parametrize(
+    ("asked", "fast", "want"),
+    [
+        ([], True, torch.bfloat16),
+        ([], False, torch.float32),
+        (["--dtype", "float32"], True, torch.float32),
+        (["--dtype", "bfloat16"], False, torch.bfloat16),
+    ],
+)
+def test_a_cpu_that_is_quick_with_bfloat16_computes_in_it(
+    asked: list[str], fast: bool, want: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast}, raising=False)
+    monkeypatch.setattr(Recipe, "run", lambda recipe, _: ran.append(recipe.dtype))
+    assert cli.main(["train", "pony", "--device", "cpu", *asked]) == 0
+    assert ran == [want]
+
+
 def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "pony", "bass"])

@@ -211,3 +211,10 @@ def _stage(part: str, pool: VideoPool, codec: PatchCodec, steps: int) -> VideoVA
     if part == "video_vae":
         return VideoVAEStage(VAE, codec, pool, steps, seed=0)
     return VideoDecoderStage(DECODER, codec, pool, steps, seed=0)
+
+
+def test_the_light_decoder_can_be_trained_in_bfloat16(pool: VideoPool, codec: PatchCodec) -> None:
+    decoder = VideoDecoderStage(DECODER, codec, pool, 4, seed=0, dtype=torch.bfloat16)
+    loss, want = (stage.step(0)["loss"] for stage in (decoder, _stage("video_decoder", pool, codec, 4)))
+    assert loss != want and loss == pytest.approx(want, rel=0.01)
+    assert all(parameter.dtype == torch.float32 for parameter in decoder.module.parameters())

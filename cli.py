@@ -163,6 +163,12 @@ def _request(options: argparse.Namespace, preset: Preset) -> FilmRequest:
     shape = FilmShape.from_seconds(*size, seconds)
     if preset.other_sizes and size != preset.sizes[preset.default_aspect]:
         log.warning(preset.other_sizes)
+    if not options.lora and (unknown := preset.unknown_words(options.prompt)):
+        log.warning(
+            "the %s never learnt the words %s; docs/pony.md tells what it knows",
+            options.preset,
+            ", ".join(unknown),
+        )
     if seconds > LONG_SECONDS:
         log.warning("films above %g s are longer than what the models were trained on", LONG_SECONDS)
     large = options.sr and shape.resized(super_resolution_size(options.sr, size, preset.pixels_1080p))

@@ -3,6 +3,7 @@
 Field names are those of the published configuration files, so that these can be read as they are.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
@@ -156,7 +157,8 @@ class Preset:
     """One family of networks that belong together, with the picture sizes it is used at.
 
     `sizes` maps an aspect to (width, height); `other_sizes` says what becomes of films of another size than
-    the default, where that is worth a word; `pixels_1080p` is the area of the large super-resolution;
+    the default, where that is worth a word; `words` are those of the training's captions, where they are all
+    that a prompt may hold; `pixels_1080p` is the area of the large super-resolution;
     `negative_prompt` is the base variant's where none is given.
     """
 
@@ -167,14 +169,26 @@ class Preset:
     audio_vae: AudioVAEConfig
     sizes: Mapping[str, tuple[int, int]]
     other_sizes: str | None
+    words: frozenset[str] | None
     default_aspect: str
     default_seconds: float
     pixels_1080p: int
     negative_prompt: str
 
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of `prompt` that mean nothing to these models; what it quotes is let be."""
+        said = dict.fromkeys(re.findall(r"[^\W\d_]+", re.sub(r'"[^"]*"', "", prompt)))
+        return [word for word in said if self.words is not None and word not in self.words]
+
 
 VARIANTS = ("base", "distill", "540p_sr", "1080p_sr")
 
+
+_PONY_WORDS = """
+A a on with and in bounces talks fast slow background head hair shirt voice high middle low notes circle
+square triangle star red green blue yellow orange purple white grey teal navy black brown blond Dialogue
+Background Sound No prominent sound Mandarin Cantonese English Japanese Korean German French
+"""
 
 _COMMON = {"audio_in_channels": 64, "enable_attn_gating": True, "video_in_channels": 192}
 
@@ -226,6 +240,7 @@ MAGIHUMAN = Preset(
         "4:3": (384, 288), "3:4": (288, 384), "21:9": (512, 224),
     },
     other_sizes=None,
+    words=None,
     default_aspect="16:9",
     default_seconds=5.0,
     pixels_1080p=1920 * 1088,
@@ -274,6 +289,7 @@ PONY = Preset(
         "4:3": (128, 96), "3:4": (96, 128), "21:9": (224, 96),
     },
     other_sizes="the pony was trained at 96x96 only; at another size its films may show nothing",
+    words=frozenset(_PONY_WORDS.split()),
     default_aspect="1:1",
     default_seconds=2.0,
     pixels_1080p=288 * 288,

@@ -167,6 +167,14 @@ def test_another_size_than_the_pony_was_trained_at_is_mentioned(
         assert ("trained at 96x96 only" in caplog.text) == told
 
 
+def test_words_that_the_pony_never_learnt_are_named(
+    pony_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = ("--size", "64x32", "--seconds", "0.2", "--steps", "1")
+    Film(pony_folder, tmp_path, *small, "--prompt", 'A red dragon says "hi there", a dragon with fire.')
+    assert "the pony never learnt the words dragon, says, fire;" in caplog.text
+
+
 def test_audio_shorter_than_the_film_is_padded_with_silence(
     pony_folder: Path, tmp_path: Path, tone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from happyhorse.model.config import PONY
 from happyhorse.training.data.clip import PERIODS, SYLLABLES, make_clip
 from happyhorse.training.data.sound import SAMPLES_PER_LATENT
 from happyhorse.training.data.world import (
@@ -82,6 +83,7 @@ def test_captions_have_the_trained_form() -> None:
 def test_every_combination_has_its_own_caption(world: str) -> None:
     captions = [caption(attributes) for attributes in combinations(world)]
     assert len(set(captions)) == len(captions)
+    assert not any(map(PONY.unknown_words, captions))
 
 
 def test_the_dialogue_speaks_every_language() -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .convert_cli import run_convert
+from .defaults import compute_dtype, default_device, models_folder
 from .doctor import doctor, part_path
 from .kernels.attention import attention_backend
 from .lora_cli import run_lora
@@ -39,7 +40,7 @@ from .model.lora_formats import open_lora
 from .model.packing import LATENTS_FORMAT
 from .model.stream_writer import write_tensors
 from .model.weight_files import IN_FOLDERS
-from .options import compute_dtype, default_device, models_folder, parser, sentence
+from .options import parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
 from .sampler.pipeline import FilmRequest, generate, with_sound, with_steps_down, write_film
 from .sampler.placement import is_out_of_memory

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .defaults import compute_dtype, default_device, models_folder
 from .model import catalog
 from .model.checkpoint import NETWORKS, QUANTIZABLE, open_checkpoint, storage_dtype
 from .model.config import PRESETS, VARIANTS, Config, Preset
@@ -18,7 +19,7 @@ from .model.convert import FORMATS
 from .model.geometry import FilmShape, super_resolution_size
 from .model.gguf_blocks import BLOCKS
 from .model.quant import Stored, block_bytes
-from .options import compute_dtype, default_device, models_folder, sentence
+from .options import sentence
 from .sampler.activations import TEXT_TOKENS
 from .sampler.parts import default_vae_dtype, needed_parts, open_part
 from .sampler.placement import OFFLOADS

@@ -1,15 +1,12 @@
 """The command line's options: what each accepts, and one sentence for what it does not."""
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-from safetensors import SafetensorError
-
-from . import __version__, pony
+from . import __version__
+from .defaults import DTYPES
 from .kernels.attention import BACKENDS
 from .media import UPSCALE_MODES
 from .model.config import PRESETS, VARIANTS
@@ -39,7 +36,6 @@ Command = Callable[[argparse.Namespace], int | None]  # its exit code, None is 0
 PONY_STAGES = (
     "audio_vae", "video_vae", "video_decoder", "base", "distill", "super_resolution", "lora", "measure"
 )  # fmt: skip
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PART_OPTIONS = {
     "transformer": ("--model", "transformer"),
     "super_resolution": ("--sr-model", "super-resolution transformer"),
@@ -375,36 +371,6 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         help="so many of the transformer's first layers stay on the device, the others come from RAM layer "
         "by layer; auto: as many as fit (default)",
     )
-
-
-def compute_dtype(options: argparse.Namespace, device: torch.device) -> torch.dtype:
-    """What the transformers' linears and the text encoder compute in."""
-    if options.dtype:
-        return DTYPES[options.dtype]
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def default_device() -> torch.device:
-    """The accelerator of this machine, else the CPU."""
-    if torch.accelerator.is_available():  # a build for an accelerator may run on a machine without one
-        return torch.accelerator.current_accelerator()
-    return torch.device("cpu")
-
-
-def models_folder(options: argparse.Namespace) -> Path:
-    """The folder of models asked for; the pony's is written first if it is not there."""
-    if options.models is None and options.preset == "pony":
-        return pony_folder()
-    return options.models or Path("models")
-
-
-def pony_folder() -> Path:
-    """The user's copy of the pony, written first if it is not there; raises ValueError where that fails."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "happyhorse"
-    try:
-        return pony.ensure_pony(cache / f"pony-{pony.version()}")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the pony cannot be written to {cache} ({error}); set XDG_CACHE_HOME") from error
 
 
 def sentence(error: Exception) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .model.checkpoint import Checkpoint
-from .options import pony_folder
+from .pony import pony_folder
 from .sampler.pipeline import FilmRequest
 from .sampler.stages import RECIPES
 

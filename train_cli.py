@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from .defaults import DTYPES, compute_dtype, default_device, models_folder
 from .doctor import part_path
 from .model.checkpoint import Checkpoint, check_names
 from .model.config import PRESETS
 from .model.geometry import FilmShape
 from .model.stream_writer import check_target
-from .options import DTYPES, PONY_STAGES, compute_dtype, default_device, models_folder
+from .options import PONY_STAGES
 from .sampler.parts import open_part
 from .sampler.placement import is_out_of_memory
 from .sampler.plan import room_on

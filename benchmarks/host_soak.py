@@ -24,7 +24,7 @@ from PIL import Image
 from happyhorse.model.checkpoint import open_checkpoint
 from happyhorse.model.convert import convert
 from happyhorse.model.stream_writer import write_tensors
-from happyhorse.options import pony_folder
+from happyhorse.pony import pony_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "nodes"))
 

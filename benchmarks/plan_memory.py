@@ -80,9 +80,9 @@ def measure(folder: Path, offload: str, dtype_name: str, width: int, height: int
     import torch
 
     from happyhorse import cli  # noqa: F401, all that a film imports
+    from happyhorse.defaults import DTYPES
     from happyhorse.model.config import PONY
     from happyhorse.model.geometry import FilmShape
-    from happyhorse.options import DTYPES
     from happyhorse.sampler.parts import Parts, needed_parts, open_part
     from happyhorse.sampler.pipeline import FilmRequest, generate, write_film
     from happyhorse.sampler.plan import Room, plan_film

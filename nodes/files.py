@@ -12,7 +12,6 @@ import folder_paths
 from .. import pony
 from ..model import catalog
 from ..model.weight_files import PICKLES
-from ..options import pony_folder
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = (".safetensors", ".sft", ".gguf", *PICKLES)
@@ -83,7 +82,7 @@ def resolve(part: str, choice: str) -> Path:
     Raises FileNotFoundError that names the choice, the folders and where to get it.
     """
     if name := _pony(part, choice):
-        return catalog.find(name, pony_folder())
+        return catalog.find(name, pony.pony_folder())
     path = _locate(part, choice)
     if path is None:
         raise FileNotFoundError(_missing(part, choice))

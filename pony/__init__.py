@@ -5,12 +5,14 @@ It is trained on two small worlds (training/data/world.py); docs/pony.md is its 
 
 import functools
 import json
+import os
 import shutil
 import tempfile
 import zlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ..model.audio_vae import AudioVAE, published_config
@@ -58,6 +60,15 @@ def ensure_pony(folder: Path) -> Path:
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def pony_folder() -> Path:
+    """The user's copy of the pony, written first if it is not there; raises ValueError where that fails."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "happyhorse"
+    try:
+        return ensure_pony(cache / f"pony-{version()}")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the pony cannot be written to {cache} ({error}); set XDG_CACHE_HOME") from error
 
 
 def write_pony(folder: Path) -> None:

@@ -18,7 +18,7 @@ from happyhorse.model.checkpoint import open_checkpoint
 from happyhorse.model.convert import convert, suffix_of
 from happyhorse.model.stream_writer import write_tensors
 from happyhorse.model.video_vae import normalize_latents
-from happyhorse.options import pony_folder
+from happyhorse.pony import pony_folder
 
 SETTINGS = {
     "text": [],

@@ -86,9 +86,11 @@ class _Held(core.Held):
         ) as (weight, _):
             stored = to_core(weight) or weight
             made = core.ready(stored, self.dtype, self.device, leaf.modalities)
-            cast = weight.dtype != leaf.weight.dtype or leaf.weight_function
+            patched = bool(leaf.weight_function)  # in place, where the weight is not quantised
+            quantized = isinstance(leaf.weight, comfy.ops.QuantizedTensor)
+            cast = weight.dtype != leaf.weight.dtype or (patched and quantized)
             if made is stored and not cast and weight.data_ptr() != leaf.weight.data_ptr():
-                if hasattr(leaf, "_v"):
+                if hasattr(leaf, "_v") and not patched:
                     return
                 made = made.clone()
         leaf.held_weight = (made,)

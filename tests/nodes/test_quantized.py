@@ -134,16 +134,20 @@ def test_fp8_of_one_scale_loads_into_the_hosts_own_layers(pony_folder: Path, tmp
     torch.testing.assert_close(layer.weight.dequantize(), plain, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("patched", [False, True])
 def test_what_is_held_survives_the_fetching_of_other_weights(
-    pony_folder: Path, quantized_pony: Path, monkeypatch: pytest.MonkeyPatch
+    patched: bool, pony_folder: Path, quantized_pony: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch = comfy.ops.cast_bias_weight
     buffers = itertools.cycle(torch.empty(2, 2**22, dtype=torch.uint8))
 
     def into_buffers(leaf: Any, *arguments: Any, **options: Any) -> Any:
-        """As the host fetches weights that are not on the device: into one of two buffers, in turn."""
+        """As the host fetches weights that are not on the device: into one of two buffers, in turn.
+
+        Patches change them there; other dtypes are new tensors.
+        """
         weight, bias, stream = fetch(leaf, *arguments, **options)
-        if isinstance(weight, comfy.ops.QuantizedTensor) or weight.data_ptr() != leaf.weight.data_ptr():
+        if isinstance(leaf.weight, comfy.ops.QuantizedTensor) or weight.dtype != leaf.weight.dtype:
             return weight, bias, stream
         copy = next(buffers)[: weight.nbytes].view(weight.dtype).view(weight.shape)
         return copy.copy_(weight), bias, stream
@@ -151,6 +155,12 @@ def test_what_is_held_survives_the_fetching_of_other_weights(
     for path, dtype in ((pony_folder / "distill", "bfloat16"), (quantized_pony, "default")):
         patcher = load_model(path, None, dtype)
         want = host_velocity(patcher)
+        if patched:  # now that it is loaded
+            for leaf in patcher.model.diffusion_model.modules():
+                if hasattr(leaf, "held_weight"):
+                    leaf.weight_function = [lambda weight: weight.mul_(1.25)]
+            plain, want = want, host_velocity(patcher)
+            assert not torch.equal(plain, want)
         with monkeypatch.context() as patch:
             patch.setattr(comfy.ops, "cast_bias_weight", into_buffers)
             assert torch.equal(host_velocity(patcher), want)

@@ -7,6 +7,7 @@ Letters: `C` channels, `F` pixel frames, `H` height, `W` width, `N` samples.
 import contextlib
 import errno
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
@@ -62,11 +63,21 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"{path} is not a readable image (damaged, or none of {accepted})") from error
 
 
+def has_transparency(path: str | os.PathLike[str]) -> bool:
+    """Whether `read_image` puts parts of this image file on white."""
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
+        return _has_transparency(image)
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
+    if _has_transparency(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -250,6 +261,14 @@ def read_film_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         raise ValueError(f"{path} is not a readable film, or it is damaged ({error.strerror})") from error
 
 
+def _remove_stale(folder: Path) -> None:
+    """Remove unfinished films of killed processes: those that nobody has written to for a day."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f".*.{'[0-9a-f]' * 32}.part"):
+            if time.time() - path.stat().st_mtime > 24 * 3600:
+                path.unlink()
+
+
 class FilmWriter:
     """Writes one film, H.264 and AAC in MP4, as its frames and sound arrive; a context manager.
 
@@ -286,6 +305,7 @@ class FilmWriter:
         self.width, self.height, self.fps, self.sound = width, height, fps, sound
         self.metadata = dict(metadata or {})
         self.frames = self.samples = 0
+        _remove_stale(self.path.parent)
         self._temporary = self.path.with_name(f".{self.path.stem[:64]}.{uuid.uuid4().hex}.part")
         self._reformatter = VideoReformatter()
 

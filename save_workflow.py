@@ -2,10 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .media import has_transparency
 from .model.checkpoint import Checkpoint
 from .pony import pony_folder
 from .sampler.pipeline import FilmRequest
@@ -41,7 +42,21 @@ def save_workflow(
     loras = {node["inputs"]["lora_name"] for node in prompt.values() if "lora_name" in node["inputs"]}
     needs += sorted(f"{choice} in its folders of models" for choice in loaded if not _is_pony(choice))
     needs += sorted(f"{name} in models/loras" for name in loras)
-    return f"{path} is for ComfyUI with these nodes" + (f" and {', '.join(needs)}" if needs else "")
+    told = f"{path} is for ComfyUI with these nodes" + (f" and {', '.join(needs)}" if needs else "")
+    return told + "".join(f"; {remark}" for remark in _left_out(options, request))
+
+
+def _left_out(options: argparse.Namespace, request: FilmRequest) -> Iterator[str]:
+    """What the graph does otherwise than the command."""
+    given = {
+        f"--attention {options.attention}": options.attention != "sdpa",
+        "--compile": options.compile,
+        "--offload pieces": options.offload == "pieces",
+    }
+    if missing := [option for option, is_given in given.items() if is_given]:
+        yield f"not in it: {', '.join(missing)}"
+    if request.image and has_transparency(request.image):
+        yield f"ComfyUI drops the transparency of {request.image.name}, which is white here"
 
 
 class _Graph:

@@ -98,8 +98,13 @@ def problem(part: str, choice: object) -> str | None:
     return _missing(part, choice)
 
 
-def fingerprint(part: str, choice: str) -> str:
-    """Changes when the file of a choice is replaced: names, sizes and times of what is on disk."""
+def fingerprint(part: str, choice: str | None) -> str:
+    """Changes when the file of a choice is replaced: names, sizes and times of what is on disk.
+
+    A choice that comes by a link is None here, as the host has it before the graph runs.
+    """
+    if choice is None:
+        return "linked"
     if _pony(part, choice):
         return f"{choice} {pony.version()}"
     path = _locate(part, choice)

@@ -27,6 +27,9 @@ AUDIO_VAE = "From HappyHorse Load Audio VAE."
 Latent = dict[str, Any]
 
 
+MAX_SIDE = 16384  # pixels, as of the host's own nodes
+
+
 def latent_output(tooltip: str = "The film, for HappyHorse Sampler.") -> io.Latent.Output:
     """The LATENT that these nodes hand out."""
     return io.Latent.Output(display_name="latent", tooltip=tooltip)
@@ -39,9 +42,9 @@ def size_inputs(as_given: bool = False) -> list[io.Input]:
     return [
         io.Combo.Input("aspect", options=[*([AS_GIVEN] if as_given else []), *ASPECTS],
                        tooltip=f"The trained sizes in pixels: {sizes}; custom takes width and height{more}."),
-        io.Int.Input("width", default=448, min=SIZE_STEP, max=2048, step=SIZE_STEP,
+        io.Int.Input("width", default=448, min=SIZE_STEP, max=MAX_SIDE, step=SIZE_STEP,
                      tooltip="Pixels, a multiple of 32, for aspect custom only."),
-        io.Int.Input("height", default=256, min=SIZE_STEP, max=2048, step=SIZE_STEP,
+        io.Int.Input("height", default=256, min=SIZE_STEP, max=MAX_SIDE, step=SIZE_STEP,
                      tooltip="Pixels, a multiple of 32, for aspect custom only."),
     ]  # fmt: skip
 

@@ -104,7 +104,9 @@ class HappyHorseLoadLatent(io.ComfyNode):
         return f"latent: there is no file {latent!r}; save one with HappyHorse Save Latent, then press R"
 
     @classmethod
-    def fingerprint_inputs(cls, latent: str) -> str:
+    def fingerprint_inputs(cls, latent: str | None) -> str:
+        if latent is None:  # it comes by a link
+            return "linked"
         stat = Path(folder_paths.get_annotated_filepath(latent)).stat()
         return f"{latent} {stat.st_size} {stat.st_mtime_ns}"
 

@@ -57,7 +57,7 @@ class HappyHorseLoadModel(io.ComfyNode):
         return _validate("transformer", model)
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, model: str | None, **_: Any) -> str:
         return files.fingerprint("transformer", model)
 
     @classmethod
@@ -88,7 +88,8 @@ class HappyHorseLoadTextEncoder(io.ComfyNode):
                     "weight_dtype",
                     options=list(TEXT_DTYPES),
                     default="default",
-                    tooltip="What the weights are held and computed in. default: bfloat16, on a CPU float32.",
+                    tooltip="What the weights are held and computed in. default: bfloat16; float32 where "
+                    "ComfyUI has no other device than the CPU.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -106,7 +107,7 @@ class HappyHorseLoadTextEncoder(io.ComfyNode):
         return _validate("text_encoder", text_encoder)
 
     @classmethod
-    def fingerprint_inputs(cls, text_encoder: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, text_encoder: str | None, **_: Any) -> str:
         return files.fingerprint("text_encoder", text_encoder)
 
     @classmethod
@@ -149,7 +150,7 @@ class HappyHorseLoadVideoVAE(io.ComfyNode):
         return _validate("video_vae", vae)
 
     @classmethod
-    def fingerprint_inputs(cls, vae: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, vae: str | None, **_: Any) -> str:
         return files.fingerprint("video_vae", vae)
 
     @classmethod

@@ -128,7 +128,7 @@ class HappyHorseLoraLoader(io.ComfyNode):
         return True if lora_name is None else _problem(lora_name) or True
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, lora_name: str | None, **_: Any) -> str:
         path = _locate(lora_name)
         stat = path and path.stat()
         return f"{path} {stat.st_size} {stat.st_mtime_ns}" if stat else "missing"
@@ -153,8 +153,10 @@ class HappyHorseLoraLoader(io.ComfyNode):
         return io.NodeOutput(patched, report, ui=ui.PreviewText(report))
 
 
-def _locate(name: str) -> Path | None:
+def _locate(name: str | None) -> Path | None:
     """The file of a name in the host's folders of LoRAs; never one outside of them."""
+    if name is None:  # it comes by a link
+        return None
     try:
         found = folder_paths.get_full_path("loras", name.replace("\\", "/"))
     except ValueError:  # a name that no file can have

@@ -11,8 +11,8 @@ from comfy_api.latest import io, ui
 from ..model.geometry import SIZE_STEP, FilmShape
 from ..sampler.plan import GB
 from .inputs import check_audio_vae, check_video_vae
-from .latent import seconds_input
-from .latents import CONFIG, shape_of
+from .latent import MAX_SIDE, seconds_input
+from .latents import CONFIG, shape_of, streams
 from .loader import CATEGORY
 from .prompt import show
 from .sampler import family, recipe_of
@@ -48,11 +48,11 @@ def _gb(num_bytes: float) -> str:
     return f"{num_bytes / GB:.2f}"
 
 
-def model_load(name: str, model: Any, shape: FilmShape) -> Load:
-    """What a pass of a transformer over a film asks for."""
+def model_load(name: str, model: Any, shape: FilmShape, films: int) -> Load:
+    """What a pass of a transformer over so many films asks for."""
     channels = CONFIG.latent_channels * shape.latent_frames * shape.latent_rows * shape.latent_columns
     packed = channels + CONFIG.audio_in_channels * shape.audio_latents
-    working = int(model.model.memory_required([1, 1, packed]))
+    working = int(model.model.memory_required([films, 1, packed]))
     layers = model.model.diffusion_model.block.layers
     largest = max(sum(weight.nbytes for weight in layer.parameters()) for layer in layers)
     return Load(name, model.model_size(), working, largest)
@@ -120,7 +120,7 @@ class HappyHorseMemoryPlan(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         def pixels(name: str, default: int) -> io.Input:
-            return io.Int.Input(name, default=default, min=SIZE_STEP, max=2048, step=SIZE_STEP,
+            return io.Int.Input(name, default=default, min=SIZE_STEP, max=MAX_SIDE, step=SIZE_STEP,
                                 tooltip="Pixels, a multiple of 32; not looked at with a latent.")  # fmt: skip
 
         return io.Schema(
@@ -161,7 +161,8 @@ class HappyHorseMemoryPlan(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         recipe_of(model, super_resolution=False)
         shape = FilmShape.from_seconds(width, height, seconds) if latent is None else shape_of(latent)
-        loads, remarks = [model_load("base", model, shape)], []
+        films = 1 if latent is None else len(streams(latent)[0])
+        loads, remarks = [model_load("base", model, shape, films)], []
         if clip is not None:
             encoder, where = encoder_load(clip), clip.patcher.load_device
             if where == model.load_device:
@@ -175,14 +176,17 @@ class HappyHorseMemoryPlan(io.ComfyNode):
             shape = target_shape(shape, size, width, height)
             if (variant := family(super_resolution).variant) != f"{size}_sr":
                 remarks.append(f"the model is {variant}, but the size is {size}")
-            loads.append(model_load("super-resolution", super_resolution, shape))
+            loads.append(model_load("super-resolution", super_resolution, shape, films))
         if vae is not None:
             check_video_vae(vae)
             loads.append(decoder_load(vae, shape))
         if audio_vae is not None:
             check_audio_vae(audio_vae)
             loads.append(sound_load(audio_vae, shape))
-        title = f"{shape.width}x{shape.height}, {shape.seconds:g} s: {verdict(loads, model.load_device)}"
+        count = f"{films} films of " if films > 1 else ""
+        title = (
+            f"{count}{shape.width}x{shape.height}, {shape.seconds:g} s: {verdict(loads, model.load_device)}"
+        )
         text = "\n".join([title, *table(loads, model.load_device), *remarks])
         show(text.replace("  ", 2 * "\N{NO-BREAK SPACE}"))  # the page would draw these spaces as one
         return io.NodeOutput(text, ui=ui.PreviewText(text))

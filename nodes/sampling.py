@@ -85,6 +85,11 @@ class CoreSampler(comfy.samplers.Sampler):
             noise_fn = self.noise_source(extra_args.get("seed") or 0)
             result = sample_dmd2(denoise, start, levels, noise_fn, conditions, told)
         else:
+            if len(levels) > 2 and levels[1] >= HIGHEST_LEVEL:
+                raise ValueError(
+                    f"sigmas: unipc begins at {HIGHEST_LEVEL}, of these only the first may lie above it, got "
+                    f"{levels[0]:.6g} and {levels[1]:.6g}; take fewer steps or a lower shift"
+                )
             result = sample_unipc(denoise, start, levels.clamp(max=HIGHEST_LEVEL), conditions, told)
         last = levels[-1].item()
         if last > 0:  # a part of a schedule: the sampler of the next part multiplies by 1 - sigma again

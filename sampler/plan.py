@@ -193,10 +193,11 @@ class Plan:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that a film may use on `device`."""
-    if device.type == "cpu":
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        free = module.mem_get_info(device)[0]
+    else:  # Apple's GPUs work in RAM
         free = psutil.virtual_memory().available
-    else:
-        free = torch.get_device_module(device).mem_get_info(device)[0]
     return int(free * (1 - RESERVE))
 
 

@@ -304,6 +304,16 @@ def test_a_small_film_is_the_same_bytes_however_often_it_is_written(tmp_path: Pa
     assert len({path.read_bytes() for path in paths}) == 1
 
 
+def test_unfinished_films_of_killed_processes_are_removed_after_a_day(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / f".film.{digits}.part" for digits in ("a" * 32, "b" * 32, "mine"))
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    media.FilmWriter(tmp_path / "film.mp4", 32, 32)
+    assert sorted(tmp_path.iterdir()) == [new, other]
+
+
 def test_parts_in_any_order_make_the_same_film(tmp_path: Path) -> None:
     frames, waveform = moving_frames(60), tone(2.4, RATE, 0.5, 0.25)
     want = write_film(tmp_path / "sound_first.mp4", frames, waveform).read_bytes()

@@ -89,6 +89,22 @@ def test_the_film_is_made_besides(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.usefixtures("cached_pony")
+def test_what_the_graph_lacks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGBA", (8, 8)).save(tmp_path / "clear.png")
+    with caplog.at_level("INFO", "happyhorse"):
+        saved(tmp_path, monkeypatch)
+        assert "not in it" not in caplog.text and "transparency" not in caplog.text
+        saved(
+            tmp_path, monkeypatch, "--compile", "--offload", "pieces", "--image", str(tmp_path / "clear.png")
+        )
+    assert (
+        "; not in it: --compile, --offload pieces; ComfyUI drops the transparency of clear.png" in caplog.text
+    )
+
+
+@pytest.mark.usefixtures("cached_pony")
 def test_a_film_from_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = saved(tmp_path, monkeypatch, "--seconds", "1.4", "--seed", "7", "--size", "160x96")
     assert flow.one("HappyHorseLoadModel") == {

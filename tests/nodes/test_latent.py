@@ -496,6 +496,7 @@ def test_saving_refuses_other_latents_and_folders() -> None:
 
 def test_loading_a_changed_file_is_noticed(folders: Path) -> None:
     name = saved(sampled())
+    assert HappyHorseLoadLatent.fingerprint_inputs(None) == "linked"
     before = HappyHorseLoadLatent.fingerprint_inputs(name)
     file = folders / "output" / name.removesuffix(" [output]")
     save_file({"video": torch.zeros(1)}, file)

@@ -90,6 +90,13 @@ def test_a_node_runs_again_when_its_file_is_replaced(node: type[io.ComfyNode]) -
     assert prints[0] != prints[1]
 
 
+@nodes
+def test_a_file_that_comes_by_a_link_is_loaded_once(node: type[io.ComfyNode]) -> None:
+    schema = node.define_schema()
+    widgets = {item.id: item.default for item in schema.inputs} | {FILE_INPUT[schema.node_id]: None}
+    assert node.fingerprint_inputs(**widgets) == node.fingerprint_inputs(**widgets)
+
+
 @pytest.mark.usefixtures("cached_pony")
 @pytest.mark.parametrize("variant", ["base", "distill", "540p_sr", "1080p_sr"])
 def test_every_variant_of_the_pony_loads(variant: str) -> None:

@@ -304,6 +304,7 @@ def test_the_node_loads_a_file_of_the_folder(model: ModelPatcher, loras: Path) -
 
 def test_the_fingerprint_changes_with_the_file(model: ModelPatcher, loras: Path) -> None:
     assert HappyHorseLoraLoader.fingerprint_inputs("a.safetensors") == "missing"
+    assert HappyHorseLoraLoader.fingerprint_inputs(None) == "missing"  # it comes by a link
     write(loras / "a.safetensors", model)
     first = HappyHorseLoraLoader.fingerprint_inputs("a.safetensors", strength=1.0)
     save_file({"x": torch.zeros(3)}, loras / "a.safetensors")

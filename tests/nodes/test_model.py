@@ -258,6 +258,13 @@ def test_a_schedule_may_be_split(model, prompt: list) -> None:
         assert difference(parts, whole) < 0.5 * scale
 
 
+def test_unipc_refuses_levels_that_it_cannot_tell_apart(model, prompt: list) -> None:
+    sampler, sigmas = HappyHorseSamplerSelect.execute("unipc")[0], HappyHorseSigmas.execute(60, 1.0, 100.0)[0]
+    arguments = model, True, SEED, 1.0, prompt, prompt, sampler, sigmas, empty()
+    with pytest.raises(ValueError, match=r"sigmas: unipc begins at 0\.9998, .* lower shift"):
+        SamplerCustom.execute(*arguments)
+
+
 def test_stock_schedules_that_begin_at_one_work_with_unipc(model, prompt: list) -> None:
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
     sampler = HappyHorseSamplerSelect.execute("unipc")[0]

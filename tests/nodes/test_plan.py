@@ -84,7 +84,7 @@ def test_text_and_sound_are_stages_where_they_are_connected(
 
 def test_the_numbers_are_those_of_the_host_and_of_the_core(models: dict[str, Any], pony_folder: Path) -> None:
     shape = FilmShape(128, 96, 26)
-    found, config = model_load("base", models["distill"], shape), models["distill"].model.config
+    found, config = model_load("base", models["distill"], shape, films=1), models["distill"].model.config
     state = load(open_checkpoint(pony_folder / "distill"), torch.bfloat16).state_dict()  # as stored
     assert found.weights == pytest.approx(sum(tensor.nbytes for tensor in state.values()), rel=0.001)
     layers = [sum(t.nbytes for n, t in state.items() if n.startswith(f"block.layers.{i}.")) for i in range(6)]
@@ -105,6 +105,18 @@ def test_every_stage_has_a_line_and_a_latent_replaces_the_size(
     assert text.startswith("128x192, ")
     stages = [line.split("  ")[0] for line in text.splitlines()[-3:]]
     assert stages == ["base", "super-resolution", "picture"]
+
+
+def test_all_films_of_a_latent_are_counted(models: dict[str, Any]) -> None:
+    one, four = (
+        HappyHorseMemoryPlan.execute(
+            models["distill"], **FILM, latent=HappyHorseEmptyLatent.execute("custom", 320, 320, 2.0, films)[0]
+        )[0]
+        for films in (1, 4)
+    )
+    assert one.startswith("320x320, ") and four.startswith("4 films of 320x320, ")
+    working = [float(text.splitlines()[-1].split()[2]) for text in (one, four)]
+    assert working[1] == pytest.approx(4 * working[0], abs=0.03)
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,13 @@ def test_files_are_checked_before_anything_runs(home: Path) -> None:  # noqa: AR
     assert "'x.gguf' is not in" in HappyHorseTrainLora.validate_inputs(**chosen | {"text_encoder": "x.gguf"})
 
 
+def test_linked_widgets_do_not_train_it_again() -> None:
+    linked = SETTINGS | dict.fromkeys(("folder", "base", "vae"))
+    assert HappyHorseTrainLora.fingerprint_inputs(**linked) == HappyHorseTrainLora.fingerprint_inputs(
+        **linked
+    )
+
+
 def test_the_fingerprint_changes_with_the_clips(home: Path) -> None:
     before = HappyHorseTrainLora.fingerprint_inputs(**SETTINGS)
     assert HappyHorseTrainLora.fingerprint_inputs(**SETTINGS) == before

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -27,6 +28,7 @@ from happyhorse.sampler.plan import (
     Room,
     Stage,
     Work,
+    free_memory,
     plan_film,
     require_fit,
     room_on,
@@ -419,6 +421,11 @@ def test_what_fits_comes_with_its_steps_down() -> None:
     chosen = require_fit(ON_ACCELERATOR, "auto", [], room(20, 30))
     assert chosen["transformer"] == (Placement(resident=14), STREAMED, Placement(resident=0, piece=64))
     assert chosen["video_decoder"] == (WHOLE_ON_IT, Placement(tiles=4))
+
+
+def test_a_device_that_tells_no_free_memory_works_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(__name__=device.type))
+    assert free_memory(torch.device("mps")) == pytest.approx(free_memory(CPU), rel=0.2)
 
 
 def test_given_memory_replaces_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

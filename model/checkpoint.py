@@ -35,7 +35,7 @@ from .text_encoder import TextEncoder
 from .transformer import JointTransformer
 from .video_decoder import VideoDecoder
 from .video_vae import VideoVAE
-from .weight_files import WeightFile, open_weights
+from .weight_files import AUDIO_CONFIG, TOKENIZER, TURBO_CONFIG, WeightFile, open_weights
 
 RENEW_CONFIG = "correct it, or download the file again"
 LORA_TENSOR = re.compile(r"\.(lora_(A|B|up|down)|hada_w1_a|lokr_w1(_a)?|diff)(\.|$)")
@@ -139,8 +139,8 @@ CONFIGS: Mapping[str, type[Config]] = {
     "audio_vae": AudioVAEConfig,
 }
 PUBLISHED_JSON: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Config]]] = {
-    "video_decoder": ("Turbo*.json", video_decoder.from_published),
-    "audio_vae": ("model_config.json", audio_vae.from_published),
+    "video_decoder": (TURBO_CONFIG, video_decoder.from_published),
+    "audio_vae": (AUDIO_CONFIG, audio_vae.from_published),
 }
 
 
@@ -383,7 +383,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     if "tokenizer" in checkpoint.file.metadata:
         return Tokenizer.from_json(checkpoint.file.metadata["tokenizer"], str(checkpoint.path))
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    beside = folder / "tokenizer.json"
+    beside = folder / TOKENIZER
     if not beside.exists():
         raise FileNotFoundError(
             f"{beside} does not exist; put the tokenizer.json of google/t5gemma-9b-9b-ul2 there, best with "

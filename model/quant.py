@@ -56,14 +56,19 @@ class QuantizedWeight:
         """The values, worked out in float32 and rounded once."""
         if self.format in BLOCKS:
             return dequantize_blocks(self.data, self.format, dtype).reshape(self.shape)
-        values = self.data.to(dtype)
-        if self.scale is not None:
+        data, scale, rows = self.data, self.scale, self.shape[0] // self.copies
+        if data.shape != self.shape:
+            wide = data.unflatten(0, (self.copies, -1))
+            data = wide[:, :rows, : self.shape[1:].numel()].reshape(self.shape)
+            if scale is not None and scale.ndim:
+                scale = scale.unflatten(0, (self.copies, -1))[:, :rows].flatten(0, 1)
+        values = data.to(dtype)
+        if scale is not None:
             # with axes, as on other devices than the CPU a number alone would be rounded to the values' dtype
-            scale = self.scale.reshape(-1, *[1] * (values.ndim - 1))
-            torch.mul(values, scale, out=values)
-        rows, columns = self.shape[0] // self.copies, self.shape[1:]
-        if values.shape != self.shape:
-            values = values.unflatten(0, (self.copies, -1))[:, :rows, : columns.numel()].reshape(self.shape)
+            scale = scale.reshape(-1, *[1] * (values.ndim - 1)).expand(len(values), *[-1] * (values.ndim - 1))
+            # in slices, of which the CPU makes float32 copies
+            for part, factor in zip(values.split(SLICE_ROWS), scale.split(SLICE_ROWS), strict=True):
+                torch.mul(part, factor, out=part)
         return values
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:

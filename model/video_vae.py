@@ -339,7 +339,10 @@ def check_latents(latents: Tensor, channels: int) -> None:
 
 
 def normalize_latents(latents: Tensor) -> Tensor:
-    """Return `(latents - mean) / std` in float32, with the constants of each channel (axis 1)."""
+    """Return `(latents - mean) / std` in float32, with the constants of each channel (axis 1).
+
+    Exact constants, whatever the VAE computes in; the reference rounds them to bfloat16 with its weights.
+    """
     mean, std = _statistics(latents)
     return (latents.float() - mean) / std
 

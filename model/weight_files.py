@@ -18,6 +18,8 @@ from torch import Tensor
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 IN_FOLDERS = (".safetensors", ".gguf", *PICKLES)  # whose weights are read from a folder
+INDEX = "*.safetensors.index.json"
+TOKENIZER, TURBO_CONFIG, AUDIO_CONFIG = "tokenizer.json", "Turbo*.json", "model_config.json"  # beside weights
 LARGEST_POINTER = 1024  # bytes of a file that Git LFS puts in place of a large one
 ACCEPTED = (
     "a .safetensors or .gguf file, a folder of shards with model.safetensors.index.json, "
@@ -68,6 +70,14 @@ def open_weights(path: Path) -> WeightFile:
     raise ValueError(f"{path} is not a checkpoint this program reads; give {ACCEPTED}")
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that may be read of a checkpoint, of a folder or of a file with what may lie beside it."""
+    folder, names = (path, (INDEX,)) if path.is_dir() else (path.parent, ())
+    files = {file for name in (*names, TOKENIZER, TURBO_CONFIG, AUDIO_CONFIG) for file in folder.glob(name)}
+    files |= {file for file in path.iterdir() if file.suffix in IN_FOLDERS} if path.is_dir() else {path}
+    return sorted(file for file in files if file.is_file())
+
+
 def _open_gguf(path: Path) -> WeightFile:
     from .gguf_file import GgufFile  # which builds on this file
 
@@ -75,7 +85,7 @@ def _open_gguf(path: Path) -> WeightFile:
 
 
 def _open_folder(folder: Path) -> WeightFile:
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    indexes = sorted(folder.glob(INDEX))
     if len(indexes) == 1:
         return SafetensorsFile(folder, _shards(indexes[0]))
     files = sorted(file for file in folder.iterdir() if file.suffix in IN_FOLDERS)

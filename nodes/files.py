@@ -11,7 +11,7 @@ import folder_paths
 
 from .. import pony
 from ..model import catalog
-from ..model.weight_files import PICKLES
+from ..model.weight_files import PICKLES, files_of
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = (".safetensors", ".sft", ".gguf", *PICKLES)
@@ -110,9 +110,7 @@ def fingerprint(part: str, choice: str | None) -> str:
     path = _locate(part, choice)
     if path is None:
         return "missing"
-    # beside a single file, its configuration or tokenizer
-    files = sorted(path.iterdir()) if path.is_dir() else [path, *sorted(path.parent.glob("*.json"))]
-    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    stats = [(file.name, file.stat()) for file in files_of(path)]
     return f"{path} " + " ".join(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
 
 

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -224,7 +225,14 @@ def test_a_folder_that_cannot_be_used_is_refused_before_dear_work(
         capsys, clips, out, pony_folder, "--resume", folder
     )
     folder.unlink()
-    folder.mkdir()
+
+    def another_starts(*_: object) -> NoReturn:
+        with loop.alone_in(folder, "LoRA", "another folder"):
+            raise AssertionError("two runs encode the same clips")
+
+    monkeypatch.setattr("happyhorse.training.lora_run.prepare_clips", another_starts)
+    assert "another run trains in" in refused(capsys, clips, out, pony_folder, "--resume", folder)
+    monkeypatch.setattr("happyhorse.training.lora_run.prepare_clips", None)
     monkeypatch.setattr(loop, "try_lock", lambda _: False)  # another run has it
     assert "another run trains in" in refused(capsys, clips, out, pony_folder, "--resume", folder)
 

@@ -28,7 +28,7 @@ from ..model.packing import Latents
 from ..model.prompt import Tokenizer, encode_prompt
 from ..model.run_block import RunBlock
 from ..model.stream_writer import write_tensors
-from ..model.weight_files import IN_FOLDERS
+from ..model.weight_files import files_of
 from ..sampler.parts import Parts, Progress, default_vae_dtype, part_dtype
 from ..sampler.placement import Placement
 from .files import naming, read_tensors
@@ -397,11 +397,6 @@ def _content(path: Path) -> str:
 def file_identity(path: Path) -> str:
     """Tells a checkpoint from another by names, sizes and times: its contents would take minutes to read.
 
-    Of a folder only what can be read from it counts, not a note that somebody puts there; beside a file lie
-    its configuration and tokenizer.
+    Only what may be read of it counts, not a note that somebody puts beside it.
     """
-    folder = path if path.is_dir() else path.parent
-    beside = [file for file in folder.iterdir() if file.suffix in (*IN_FOLDERS, ".json") and file.is_file()]
-    files = beside if path.is_dir() else [path, *(file for file in beside if file.suffix == ".json")]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-    return _digest(stats)
+    return _digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(path)])

@@ -76,7 +76,7 @@ def prepare_lora(
     for name, number in (("batch", job.batch), ("batches", job.batches)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    if job.folder.exists():  # another run in it would be found only after this one has encoded and loaded
+    if job.folder.exists():  # before anything is encoded and loaded
         with alone_in(job.folder, TITLE, job.elsewhere):
             check_settings(job.folder, job.told, job.elsewhere)
     accelerator = accelerator_on(device, job.batches)
@@ -86,18 +86,19 @@ def prepare_lora(
     plan = plan_film(encoding, job.shape, None, dtype, default_vae_dtype(dtype, device), device)
     placements = {role: (placement,) for role, placement in plan.closest("auto", room).items()}
     encoders = Encoders.of(encoding, device, dtype, placements, progress)
-    data = prepare_clips(
-        job.clips, job.folder / "cache", job.shape, encoders, job.negative, device, progress, job.batch,
-        job.settings.seed,
-    )  # fmt: skip
     if resident is not None:
         log.info("%d of %d layers stay on %s, the others are streamed", resident, len(need.layers), device)
 
     def loading(done: int, total: int) -> None:
         progress(f"loading the {transformer.label}", done, total)
 
-    identity = file_identity(transformer.path)
-    module = load(transformer, dtype, device, resident, loading)
+    with alone_in(job.folder, TITLE, job.elsewhere):
+        data = prepare_clips(
+            job.clips, job.folder / "cache", job.shape, encoders, job.negative, device, progress, job.batch,
+            job.settings.seed,
+        )  # fmt: skip
+        identity = file_identity(transformer.path)
+        module = load(transformer, dtype, device, resident, loading)
     return LoraStage(
         module,
         data,

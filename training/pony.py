@@ -49,6 +49,8 @@ from .world_data import Encode, WorldData, encode_clips
 CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 3, "video_decoder": 13}  # of so many steps, each with falling learning rates
 
+STAGE_OF = {"text_encoder": "base", "540p_sr": "super_resolution"}  # of the parts that are called otherwise
+
 IMAGE, BEGINNING = 0.4, 6  # a bounce learns to go on from an image by way of longer beginnings
 
 LORA_BATCH, LORA_RATE, LORA_PARTS = 4, 1.5e-3, ("attention",)  # with "mlp" other films suffer more
@@ -103,10 +105,15 @@ class Recipe:
 
     def trained(self, name: str) -> nn.Module:
         """A part that an earlier stage has left, float32 on the CPU; stages move what they train."""
-        path = self.out / pony.FILES[name]
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing; run `happyhorse train pony {name}` first")
-        return load(open_checkpoint(path), torch.float32)
+        self.require(name)
+        return load(open_checkpoint(self.out / pony.FILES[name]), torch.float32)
+
+    def require(self, *names: str) -> None:
+        """Raise FileNotFoundError for the first of these parts that no stage has left yet."""
+        for name in names:
+            path, stage = self.out / pony.FILES[name], STAGE_OF.get(name, name)
+            if not path.exists():
+                raise FileNotFoundError(f"{path} is missing; run `happyhorse train pony {stage}` first")
 
     @cached_property
     def pool(self) -> VideoPool:
@@ -161,8 +168,10 @@ class Recipe:
     def lora(self) -> Path:
         """The LoRA of a new thing, made for the base as it is now by the settings of now."""
         parts = ("base", "text_encoder", "video_vae", "audio_vae")
+        self.require(*parts)
         files = [_checksum(self.out / pony.FILES[part]) for part in parts]
-        told = [*files, self.lora_clips, self.steps["lora"], LORA_BATCH, LORA_RATE, LORA_PARTS, self.seed]
+        learnt = (self.steps["lora"], LORA_BATCH, LORA_RATE, LORA_PARTS, self.seed, self.dtype)
+        told = [*files, self.lora_clips, *learnt]
         return self.runs / f"lora-{zlib.crc32(repr(told).encode()):08x}" / "hat.safetensors"
 
     @property
@@ -272,6 +281,7 @@ def train_base(recipe: Recipe) -> None:
 
 def train_distill(recipe: Recipe) -> None:
     """The few-step student of the base, by DMD-2."""
+    recipe.require("audio_vae", "base", "text_encoder")
     base = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.dtype)
     base.load_state_dict(recipe.trained("base").state_dict())
     stage = Dmd2Stage(
@@ -293,6 +303,7 @@ def train_super_resolution(recipe: Recipe) -> None:
     Half of the small films are as the codec has them, and nearly as the transformers make them; the others
     went through the VAE, as films that users give.
     """
+    recipe.require("audio_vae", "video_vae", "text_encoder")
     transformer = JointTransformer(PONY.transformers["540p_sr"], compute_dtype=recipe.dtype)
     initialise(transformer, recipe.seed)
     small, large = recipe.data(recipe.batch // 4), recipe.large_latents()
@@ -348,6 +359,11 @@ def train_new_thing(recipe: Recipe) -> None:
 
 def measure_films(recipe: Recipe) -> None:
     """Films of held-out prompts, judged; reports and contact sheets in the runs' folder "measured"."""
+    recipe.require(*(name for name in pony.FILES if name != "1080p_sr"))
+    if not recipe.lora.exists():
+        raise FileNotFoundError(
+            f"the LoRA of these parts, {recipe.lora}, is missing; run `happyhorse train pony lora` first"
+        )
     device = torch.device(recipe.device)
     measure_all(recipe.out, recipe.runs / "measured", device, recipe.lora, recipe.lora_clips[0])
 

@@ -152,7 +152,9 @@ class VideoDecoderStage(_PictureStage):
         compiled: bool = False,
     ) -> None:
         super().__init__("video_decoder", VideoDecoder(config), codec, pool, steps, seed, device)
-        self.dtype, self.fingerprint["dtype"] = dtype, str(dtype)
+        self.dtype = dtype
+        if dtype != torch.float32:
+            self.fingerprint["dtype"] = str(dtype)
         self.decode = torch.compile(self.module.decode) if compiled else self.module.decode
 
     def step(self, step: int) -> dict[str, float]:

@@ -3,11 +3,13 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from live_bytes import LiveBytes
 from safetensors.torch import load_file, save_file
 from small_networks import random_weight
 from torch import Tensor, nn
@@ -203,6 +205,24 @@ def test_zeros_behind_copies_change_no_value(
     assert padded.data.shape == (copies * 32, 32)
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(padded.dequantize(dtype), weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_working_out_values_takes_no_copies_of_them(per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = quantize(torch.randn(1000, 500, dtype=torch.bfloat16), "float8_e4m3fn")
+    if per_row:
+        weight = replace(weight, scale=weight.scale.expand(1000, 1) * torch.rand(1000, 1))
+    want = (weight.data.float() * weight.scale).bfloat16()
+    padded = weight.aligned(4)
+    assert padded.data.shape != weight.data.shape
+    monkeypatch.setattr(quant, "SLICE_ROWS", 64)
+    for stored in (weight, padded):
+        known = nn.Module()
+        known.register_buffer("data", stored.data)
+        with LiveBytes(known) as live:
+            values = stored.dequantize(torch.bfloat16)
+        assert torch.equal(values, want)
+        assert live.peak < 1.6 * values.nbytes
 
 
 @pytest.mark.parametrize("modalities", [1, 3])

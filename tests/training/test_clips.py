@@ -291,6 +291,7 @@ def test_a_folder_of_weights_is_told_by_what_is_read_from_it(tmp_path: Path) -> 
     tokenizer.write_text("{}", encoding="utf-8")
     before = file_identity(tmp_path)
     (tmp_path / "README.md").write_text("where it is from", encoding="utf-8")
+    (tmp_path / "model.rgthree-info.json").write_text("{}", encoding="utf-8")
     (tmp_path / ".cache").mkdir()
     (tmp_path / "gone.bin").symlink_to(tmp_path / "nowhere")
     assert file_identity(tmp_path) == before

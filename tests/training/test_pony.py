@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,35 @@ def test_a_missing_lora_is_said_before_anything_is_measured(recipe: Recipe, tmp_
     with pytest.raises(FileNotFoundError, match="none"):
         measure_all(recipe.out, tmp_path / "measured", torch.device("cpu"), tmp_path / "none.safetensors", 4)
     assert not (tmp_path / "measured").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing", "needed"),
+    [
+        ("distill", "text_encoder", "base"),
+        ("super_resolution", "text_encoder", "base"),
+        ("lora", "base", "base"),
+        ("measure", "540p_sr", "super_resolution"),
+    ],
+)
+def test_a_stage_names_the_one_that_it_needs(
+    stage: str, missing: str, needed: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(recipe.out, out)
+    (out / pony.FILES[missing]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"run `happyhorse train pony {needed}` first"):
+        replace(recipe, out=out, runs=tmp_path / "runs").run([stage])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_measuring_needs_the_lora_of_the_parts(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run `happyhorse train pony lora` first"):
+        replace(recipe, runs=tmp_path / "runs").run(["measure"])
+
+
+def test_a_lora_of_another_dtype_is_another_file(recipe: Recipe) -> None:
+    assert replace(recipe, dtype=torch.bfloat16).lora != recipe.lora
 
 
 def test_the_command_line_knows_all_stages() -> None:

@@ -96,12 +96,13 @@ def test_what_the_graph_lacks_is_said(
     with caplog.at_level("INFO", "happyhorse"):
         saved(tmp_path, monkeypatch)
         assert "not in it" not in caplog.text and "transparency" not in caplog.text
+        monkeypatch.setattr(cli, "attention_backend", lambda *_: None)
         saved(
-            tmp_path, monkeypatch, "--compile", "--offload", "pieces", "--image", str(tmp_path / "clear.png")
-        )
-    assert (
-        "; not in it: --compile, --offload pieces; ComfyUI drops the transparency of clear.png" in caplog.text
-    )
+            tmp_path, monkeypatch, "--attention", "sage", "--compile", "--offload", "pieces",
+            "--image", str(tmp_path / "clear.png"),
+        )  # fmt: skip
+    assert "; not in it: --attention sage, --compile, --offload pieces;" in caplog.text
+    assert "ComfyUI drops the transparency of clear.png" in caplog.text
 
 
 @pytest.mark.usefixtures("cached_pony")

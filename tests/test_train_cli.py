@@ -22,6 +22,7 @@ from happyhorse.model.geometry import FILM_RATE
 from happyhorse.model.lora import Strengths, match, patches, transformer_shapes
 from happyhorse.model.lora_formats import open_lora
 from happyhorse.training import loop
+from happyhorse.training.clips import ClipData
 from happyhorse.training.lora import LoraStage
 
 SIZE, SECONDS = (32, 32), 0.36
@@ -162,10 +163,15 @@ def test_layers_that_are_streamed_give_the_same_lora(
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_only_what_is_chosen_is_trained(clips: Path, pony_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a.safetensors"
+def test_only_what_is_chosen_is_trained(
+    clips: Path, pony_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, asked, batch = tmp_path / "a.safetensors", [], ClipData.batch
+    monkeypatch.setattr(ClipData, "batch", lambda data, index: asked.append(index) or batch(data, index))
     chosen = ("--blocks", "0,2", "--parts", "attention", "--copies", "audio,shared", "--alpha", "4")
-    assert run(clips, out, pony_folder, *chosen, "--variant", "distill", "--batch", "2") == 0
+    more = ("--variant", "distill", "--batch", "2", "--accumulation", "2")
+    assert run(clips, out, pony_folder, *chosen, *more) == 0
+    assert sorted(set(asked)) == list(range(6))  # of 3 updates
     config = PONY.transformers["distill"]
     found = patches([(open_lora(out), Strengths())], config, shapes := transformer_shapes(config))
     assert found.keys() == {

@@ -215,8 +215,8 @@ def _begin(path: Path, begun: "multiprocessing.synchronize.Event") -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "pause"), reason="needs POSIX signals")
 def test_what_a_killed_run_leaves_is_removed_and_a_live_run_is_not_disturbed(tmp_path: Path) -> None:
-    path, context = tmp_path / "a.safetensors", multiprocessing.get_context("spawn")
-    other = tmp_path / ".a.safetensors.of-someone-else"
+    path, context = tmp_path / "a[1].safetensors", multiprocessing.get_context("spawn")
+    other = tmp_path / ".a[1].safetensors.of-someone-else"
     other.touch()
     runs = []
     for _ in range(2):

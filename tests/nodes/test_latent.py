@@ -31,13 +31,15 @@ from happyhorse.model.geometry import FilmShape
 from happyhorse.model.packing import LATENTS_FORMAT
 from happyhorse.model.video_vae import denormalize_latents
 from happyhorse.nodes import latent, latent_files
-from happyhorse.nodes.inputs import encode_film, fit_frames, picture
+from happyhorse.nodes.inputs import encode_film, film_frames, fit_frames, picture
 from happyhorse.nodes.latent import (
+    AS_GIVEN,
     HappyHorseAudioToFilm,
     HappyHorseContinueFilm,
     HappyHorseEmptyLatent,
     HappyHorseFilmToFilm,
     HappyHorseImageToFilm,
+    size_of,
 )
 from happyhorse.nodes.latent_files import HappyHorseLoadLatent, HappyHorseSaveLatent
 from happyhorse.nodes.latents import masks, shape_of, start_audio, streams
@@ -320,6 +322,32 @@ def test_other_frame_rates_become_25(rate: float, given: int, both: dict[str, An
     assert shape_of(latent).pixel_frames == (frames - 1) // 4 * 4 + 1
 
 
+@pytest.mark.parametrize(
+    ("rate", "wanted"), [(50, [0, 2, 4, 6]), (12.5, [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7])]
+)
+def test_frames_are_taken_by_nearest_time(rate: float, wanted: list[int]) -> None:
+    greys = torch.arange(8)[:, None, None, None].expand(8, 2, 2, 3) / 8
+    parts = Types.VideoComponents(images=greys, audio=None, frame_rate=Fraction(rate))
+    frames, _ = film_frames(InputImpl.VideoFromComponents(parts), None, None)
+    assert (frames[:, 0, 0, 0] * 8).long().tolist() == wanted
+
+
+def test_connected_sound_goes_before_that_of_the_film() -> None:
+    video, other = film_of(5, audio=tone(0.2)), tone(0.2, rate=22050)
+    assert film_frames(video, None, other)[1] is other
+    assert film_frames(video, None, None)[1]["sample_rate"] == 44100
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(9, 16, (448, 256)), (16, 9, (256, 448)), (8, 8, (352, 352)), (3, 4, (384, 288))],
+)
+def test_as_given_takes_the_trained_size_nearest_to_the_aspect(
+    height: int, width: int, size: tuple[int, int]
+) -> None:
+    assert size_of(AS_GIVEN, 0, 0, torch.zeros(1, height, width, 3)) == size
+
+
 def test_a_film_without_sound_is_silent(both: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     (latent,) = HappyHorseFilmToFilm.execute(**both, **SIZE, images=random(5, HEIGHT, WIDTH, 3)).result
     assert "no sound" in caplog.text
@@ -399,7 +427,12 @@ def test_sound_that_ends_before_the_film_continues_as_silence(both: dict[str, An
     latent, _ = HappyHorseContinueFilm.execute(
         **both, **SIZE, seconds=1.0, overlap=5, images=random(15, HEIGHT, WIDTH, 3), audio=tone(0.2)
     ).result
+    silence = {"waveform": torch.zeros(1, 2, 44100), "sample_rate": 44100}
+    silent, _ = HappyHorseContinueFilm.execute(
+        **both, **SIZE, seconds=1.0, overlap=5, images=random(15, HEIGHT, WIDTH, 3), audio=silence
+    ).result
     assert not masks(latent)[1][..., :5].any()
+    assert torch.equal(streams(latent)[1], streams(silent)[1])
 
 
 # Files

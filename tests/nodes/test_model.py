@@ -22,7 +22,9 @@ from happyhorse.nodes.sampler import (
     HappyHorseSampler,
     HappyHorseSamplerSelect,
     HappyHorseSigmas,
+    partial_sigmas,
 )
+from happyhorse.sampler.schedule import flow_sigmas
 
 SEED = 7
 
@@ -232,11 +234,50 @@ def test_denoise_below_one_changes_a_film_by_so_much(model, prompt: list) -> Non
     film = sample(model, prompt)
     latent = film_latent(*film.unbind())
     with torch.inference_mode():
-        little, much = (
+        films = [
             HappyHorseSampler.execute(model, prompt, latent, SEED + 1, 4, share)[0]["samples"]
-            for share in (0.05, 1.0)
+            for share in (0.05, 0.4, 1.0)
+        ]
+    changes = [difference(other, film) for other in films]
+    assert 0 < changes[0] < changes[1] < changes[2]
+
+
+@pytest.mark.parametrize(("steps", "denoise", "whole"), [(4, 0.5, 8), (3, 0.3, 10), (4, 1.0, 4)])
+def test_denoise_is_the_share_of_a_schedule_that_is_run(steps: int, denoise: float, whole: int) -> None:
+    assert torch.equal(partial_sigmas(steps, 5.0, denoise), flow_sigmas(whole, 5.0)[-steps - 1 :])
+
+
+HOOKS = ("calc_cond_batch_function", "pre_cfg_function", "cfg_function", "post_cfg_function")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_nodes_that_patch_guidance_are_heard(hook: str, pony_folder: Path, prompt: list) -> None:
+    base, other, heard = load_model(pony_folder / "base", None, "float32"), [[-prompt[0][0], {}]], []
+
+    def patch(told: dict) -> object:
+        heard.append(told["sigma"].item())
+        conds, sigma, options = told.get("conds"), told["sigma"], told["model_options"]
+        if hook == "calc_cond_batch_function":
+            results = comfy.samplers.calc_cond_batch(told["model"], conds, told["input"], sigma, options)
+            return [2 * result for result in results]
+        if hook == "pre_cfg_function":
+            return [2 * result for result in told["conds_out"]]
+        if hook == "cfg_function":
+            return told["input"] - told["cond_denoised"]
+        return 2 * told["denoised"]
+
+    patched = base.clone()
+    if hook == "calc_cond_batch_function":
+        patched.set_model_sampler_calc_cond_batch_function(patch)
+    else:
+        getattr(patched, f"set_model_sampler_{hook}")(patch)
+    with torch.inference_mode():
+        plain, changed = (
+            HappyHorseSampler.execute(model, prompt, empty(), SEED, 2, 1.0, other)[0]["samples"]
+            for model in (base, patched)
         )
-    assert 0 < difference(little, film) < difference(much, film)
+    assert len(heard) == 2 and heard[0] > heard[1]
+    assert difference(plain, changed) > 0.1
 
 
 def split(sampler, sigmas, model, prompt: list, latent: dict) -> NestedTensor:

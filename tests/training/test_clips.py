@@ -4,6 +4,7 @@ import contextlib
 import json
 import weakref
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,6 +197,27 @@ def test_sound_that_begins_before_or_after_the_picture_keeps_its_time(
     _, sound = read_clip(path, SHAPE)
     assert sound.shape == (2, 9 * 2048)
     assert float(sound[0].sum()) / ENCODE_RATE == pytest.approx(heard, abs=0.005)
+
+
+def test_the_time_at_which_the_sound_of_a_file_begins_is_read(tmp_path: Path) -> None:
+    begin = FILM_RATE // 5
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        picture, sound = (
+            container.add_stream("mpeg4", rate=25),
+            container.add_stream("pcm_s16le", rate=FILM_RATE),
+        )
+        picture.width, picture.height, picture.pix_fmt = 64, 32, "yuv420p"
+        for number in range(15):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            container.mux(picture.encode(frame))
+        loud = np.full((1, 2 * FILM_RATE // 2), 2**14, np.int16)
+        frame = av.AudioFrame.from_ndarray(loud, format="s16", layout="stereo")
+        frame.sample_rate, frame.pts, frame.time_base = FILM_RATE, begin, Fraction(1, FILM_RATE)
+        container.mux([*sound.encode(frame), *picture.encode(None), *sound.encode(None)])
+    _, sound = read_clip(tmp_path / "a.mov", SHAPE)
+    onset = int((sound[0] > 0.1).nonzero()[0])
+    assert onset / ENCODE_RATE == pytest.approx(0.2, abs=0.005)
 
 
 def test_a_clip_is_cropped_as_the_image_of_a_film_is(tmp_path: Path) -> None:

@@ -145,15 +145,22 @@ def test_a_log_that_went_further_than_the_checkpoint_is_cut_back(
     assert (tmp_path / "parts" / "log.jsonl").read_bytes() == (whole[2] / "log.jsonl").read_bytes()
 
 
-def test_saves_come_at_the_given_times(tmp_path: Path) -> None:
-    saved = []
+@pytest.mark.parametrize(
+    ("seconds", "want"), [(0, [None, 1, 2, 3, 4, 5, 6]), (3, [None, None, None, 3, 3, 3, 6])]
+)
+def test_saves_come_at_the_given_times(
+    seconds: int, want: list[int | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, clock = [], [0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
 
     def on_step(_done: int, _steps: int, _figures: dict[str, float]) -> None:
         path = tmp_path / "checkpoint.pt"
         saved.append(torch.load(path, weights_only=True)["done"] if path.exists() else None)
+        clock[0] += 1  # a second for every step
 
-    train(SmallStage(), tmp_path, 4, save_every_seconds=0, on_step=on_step, title=TITLE)
-    assert saved == [None, 1, 2, 3]
+    train(SmallStage(), tmp_path, 7, save_every_seconds=seconds, on_step=on_step, title=TITLE)
+    assert saved == want
 
 
 def test_on_step_hears_of_every_step_of_this_run(tmp_path: Path) -> None:

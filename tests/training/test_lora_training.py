@@ -96,6 +96,28 @@ def stage(
     )
 
 
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    trained, rates = stage(settings=replace(SETTINGS, steps=100)), []
+    for step in (0, 9, 50, 90, 99):
+        trained.step(step)
+        rates.append(trained.optimizer.param_groups[0]["lr"] / SETTINGS.rate)
+    assert rates == pytest.approx([1 / 20, 10 / 20, 1, 10 / 40, 1 / 40])
+
+
+def test_long_gradients_are_cut_and_their_length_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, seen = stage(), []
+    for parameter in trained.adapters.parameters():
+        parameter.register_hook(lambda gradient: 1e6 * gradient)
+
+    def norm() -> None:
+        gradients = [p.grad.flatten() for p in trained.adapters.parameters() if p.grad is not None]
+        seen.append(torch.cat(gradients).norm().item())
+
+    monkeypatch.setattr(trained.optimizer, "step", norm)
+    assert trained.step(0)["gradient"] > 10
+    assert seen == [pytest.approx(1.0, rel=1e-3)]
+
+
 def velocity(module: JointTransformer) -> Latents:
     with torch.no_grad():
         return FlowNetworks(module)(*Fixed().batch(0))

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from happyhorse import cli, pony
+from happyhorse.model.config import PONY
+from happyhorse.model.lora import transformer_shapes
 
 Inputs = dict[str, Any]
+LORA_LOADER = "HappyHorseLoraLoader"
 
 
 class Workflow:
@@ -103,6 +108,31 @@ def test_what_the_graph_lacks_is_said(
         )  # fmt: skip
     assert "; not in it: --attention sage, --compile, --offload pieces;" in caplog.text
     assert "ComfyUI drops the transparency of clear.png" in caplog.text
+
+
+@pytest.mark.usefixtures("cached_pony")
+def test_loras_are_loaded_in_turn_with_their_strengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "loras" / "mine").mkdir(parents=True)
+    name = "block.layers.2.mlp.down_proj"
+    rows, columns = transformer_shapes(PONY.transformers["distill"])[f"{name}.weight"]
+    tensors = {f"{name}.lora_A.weight": torch.ones(1, columns), f"{name}.lora_B.weight": torch.ones(rows, 1)}
+    for number in "12":
+        save_file(tensors, tmp_path / "loras" / "mine" / f"{number}.safetensors")
+    loras = [str(tmp_path / "loras" / "mine" / f"{number}.safetensors:0.{number}") for number in "12"]
+    with caplog.at_level("INFO", "happyhorse"):
+        flow = saved(tmp_path, monkeypatch, "--lora", loras[0], "--lora", loras[1])
+    assert "mine/1.safetensors in models/loras" in caplog.text
+    kind, last = flow.at(flow.one("HappyHorseSampler")["model"])
+    assert (kind, last["lora_name"], last["strength"]) == ("HappyHorseLoraLoader", "mine/2.safetensors", 0.2)
+    kind, first = flow.at(last["model"])
+    assert (kind, first["lora_name"], first["strength"]) == (
+        "HappyHorseLoraLoader",
+        "mine/1.safetensors",
+        0.1,
+    )
+    assert flow.at(first["model"])[0] == "HappyHorseLoadModel"
 
 
 @pytest.mark.usefixtures("cached_pony")

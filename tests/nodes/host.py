@@ -42,6 +42,7 @@ class Run:
     prompt_id: str
     events: list[dict[str, Any]] = field(default_factory=list)
     previews: list[bytes] = field(default_factory=list)  # JPEG or PNG files
+    previews_at: list[int] = field(default_factory=list)  # after so many events
     history: dict[str, Any] = field(default_factory=dict)
     base: Path = Path()
 
@@ -205,6 +206,7 @@ class Client:
         for event in self.events(end):
             if isinstance(event, bytes):
                 run.previews.append(event)
+                run.previews_at.append(len(run.events))
                 continue
             if event["data"].get("prompt_id", prompt_id) != prompt_id:
                 continue

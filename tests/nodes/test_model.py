@@ -218,6 +218,18 @@ def test_the_noise_of_a_seed_is_the_hosts(model) -> None:
     assert (HappyHorseNoise.execute(SEED)[0].generate_noise(finished).unbind()[1] != 4).all()
 
 
+def test_a_film_taken_from_a_batch_is_made_again(model, prompt: list) -> None:
+    def made(latent: dict) -> dict:
+        with torch.inference_mode():
+            return HappyHorseSampler.execute(model, prompt, latent, SEED, 1, 1.0)[0]  # no noise between steps
+
+    second = [stream[1:] for stream in made(empty(batch=2))["samples"].unbind()]
+    again = made(empty() | {"batch_index": [1]})
+    assert again["batch_index"] == [1]
+    for stream, want in zip(again["samples"].unbind(), second, strict=True):
+        torch.testing.assert_close(stream, want, atol=1e-4, rtol=0)
+
+
 def test_the_base_model_is_guided_and_needs_a_negative_prompt(pony_folder: Path, prompt: list) -> None:
     base = load_model(pony_folder / "base", None, "float32")
     with pytest.raises(ValueError, match="negative: the base model"):

@@ -27,6 +27,7 @@ from happyhorse.nodes.lora import load_lora
 from happyhorse.nodes.model import load_model
 from happyhorse.nodes.sampler import HappyHorseSampler
 from happyhorse.nodes.train import HappyHorseTrainLora
+from happyhorse.training.clips import ClipData
 from happyhorse.training.lora import LoraStage
 
 SIZE, FRAMES = (32, 32), 12
@@ -243,6 +244,14 @@ def test_files_are_checked_before_anything_runs(home: Path) -> None:  # noqa: AR
     assert HappyHorseTrainLora.validate_inputs(**chosen) is True
     assert "is not in" in HappyHorseTrainLora.validate_inputs(**chosen | {"folder": "other"})
     assert "'x.gguf' is not in" in HappyHorseTrainLora.validate_inputs(**chosen | {"text_encoder": "x.gguf"})
+
+
+@pytest.mark.usefixtures("home")
+def test_an_update_is_made_of_as_many_batches_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, batch = [], ClipData.batch
+    monkeypatch.setattr(ClipData, "batch", lambda data, index: asked.append(index) or batch(data, index))
+    run(name="more", accumulation=2)
+    assert sorted(set(asked)) == list(range(2 * SETTINGS["steps"]))
 
 
 def test_linked_widgets_do_not_train_it_again() -> None:

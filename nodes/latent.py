@@ -27,7 +27,7 @@ AUDIO_VAE = "From HappyHorse Load Audio VAE."
 Latent = dict[str, Any]
 
 
-MAX_SIDE = 16384  # pixels, as of the host's own nodes
+MAX_SIDE = 4096  # pixels
 
 
 def latent_output(tooltip: str = "The film, for HappyHorse Sampler.") -> io.Latent.Output:

@@ -264,7 +264,7 @@ def test_a_file_that_is_not_there_is_refused_with_its_folder_and_source(
         ("empty", "seconds", 31.0),
         ("empty", "seconds", 0.1),
         ("empty", "width", 0),
-        ("empty", "height", 4096),
+        ("empty", "height", 4128),
         ("empty", "batch_size", 0),
         ("empty", "aspect", "2:1"),
         ("sampler", "steps", 1_000_000),

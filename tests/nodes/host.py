@@ -262,8 +262,9 @@ class Client:
 
         The host overlooks what is asked while it tidies up after a prompt, and answers before it has done it.
         """
-        time.sleep(0.5)
-        self.send("/free", {"free_memory": True})  # implies the other; the host may miss one of two
+        for _ in range(2):  # the second wakes it where it did not hear the first, and it then finds both
+            time.sleep(0.5)
+            self.send("/free", {"free_memory": True})  # implies the other; the host may miss one of two
         time.sleep(0.5)
 
     def upload(self, file: Path) -> str:

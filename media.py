@@ -262,7 +262,10 @@ def read_film_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove unfinished films of killed processes: those that nobody has written to for a day."""
+    """Remove unfinished films of killed processes: those that nobody has written to for a day.
+
+    PyAV opens its files itself, so they cannot be locked as those of model/stream_writer.py are.
+    """
     with contextlib.suppress(OSError):
         for path in folder.glob(f".*.{'[0-9a-f]' * 32}.part"):
             if time.time() - path.stat().st_mtime > 24 * 3600:

@@ -56,16 +56,17 @@ class QuantizedWeight:
         """The values, worked out in float32 and rounded once."""
         if self.format in BLOCKS:
             return dequantize_blocks(self.data, self.format, dtype).reshape(self.shape)
-        data, scale, rows = self.data, self.scale, self.shape[0] // self.copies
+        data, scale = self.data, self.scale
         if data.shape != self.shape:
-            wide = data.unflatten(0, (self.copies, -1))
+            rows, wide = self.shape[0] // self.copies, data.unflatten(0, (self.copies, -1))
             data = wide[:, :rows, : self.shape[1:].numel()].reshape(self.shape)
             if scale is not None and scale.ndim:
                 scale = scale.unflatten(0, (self.copies, -1))[:, :rows].flatten(0, 1)
         values = data.to(dtype)
         if scale is not None:
             # with axes, as on other devices than the CPU a number alone would be rounded to the values' dtype
-            scale = scale.reshape(-1, *[1] * (values.ndim - 1)).expand(len(values), *[-1] * (values.ndim - 1))
+            axes = [1] * (values.ndim - 1)
+            scale = scale.reshape(-1, *axes).expand(len(values), *axes)
             # in slices, of which the CPU makes float32 copies
             for part, factor in zip(values.split(SLICE_ROWS), scale.split(SLICE_ROWS), strict=True):
                 torch.mul(part, factor, out=part)

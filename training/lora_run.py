@@ -76,9 +76,6 @@ def prepare_lora(
     for name, number in (("batch", job.batch), ("batches", job.batches)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    if job.folder.exists():  # before anything is encoded and loaded
-        with alone_in(job.folder, TITLE, job.elsewhere):
-            check_settings(job.folder, job.told, job.elsewhere)
     accelerator = accelerator_on(device, job.batches)
     need = lora_stage_need(transformer, job.shape, job.settings, job.batch, dtype, device)
     resident = resident_layers(need, device, room, job.resident)
@@ -93,6 +90,7 @@ def prepare_lora(
         progress(f"loading the {transformer.label}", done, total)
 
     with alone_in(job.folder, TITLE, job.elsewhere):
+        check_settings(job.folder, job.told, job.elsewhere)
         data = prepare_clips(
             job.clips, job.folder / "cache", job.shape, encoders, job.negative, device, progress, job.batch,
             job.settings.seed,

@@ -48,7 +48,6 @@ from .world_data import Encode, WorldData, encode_clips
 
 CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 3, "video_decoder": 13}  # of so many steps, each with falling learning rates
-
 STAGE_OF = {"text_encoder": "base", "540p_sr": "super_resolution"}  # of the parts that are called otherwise
 
 IMAGE, BEGINNING = 0.4, 6  # a bounce learns to go on from an image by way of longer beginnings
@@ -62,8 +61,7 @@ class Recipe:
 
     `clips` are in memory while the video VAE is trained, of one size and of twice that; latents of
     `latent_clips` train the transformers, `batch` films of each world in an update; the LoRA of a new thing
-    sees `lora_clips` of it, and of what the base knows. The transformers and the light
-    decoder compute in `dtype`.
+    sees `lora_clips` of it, and of what the base knows. Transformers and light decoder compute in `dtype`.
     """
 
     runs: Path

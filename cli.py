@@ -44,7 +44,7 @@ from .options import parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
 from .sampler.pipeline import FilmRequest, generate, with_sound, with_steps_down, write_film
 from .sampler.placement import is_out_of_memory
-from .sampler.plan import GB, Plan, plan_film, require_fit, room_on
+from .sampler.plan import GB, Plan, plan_film, require_fit, room_on, works_in_ram
 from .sampler.stages import RECIPES
 from .save_workflow import save_workflow
 from .train_cli import run_train, run_train_pony
@@ -102,8 +102,10 @@ def _generate(options: argparse.Namespace) -> None:
     preset = PRESETS[options.preset]
     request = _request(options, preset)
     device = options.device or default_device()
-    if options.vram is not None and device.type == "cpu":
-        raise ValueError("--vram: the device is a CPU, which has no VRAM; limit its memory with --ram")
+    if options.vram is not None and works_in_ram(device):
+        raise ValueError(
+            f"--vram: the device {str(device)!r} works in RAM and has none; limit its memory with --ram"
+        )
     _check_output("--out", options.out, ".mp4")
     if options.save_latents:
         _check_output("--save-latents", options.save_latents, ".safetensors")
@@ -124,7 +126,7 @@ def _generate(options: argparse.Namespace) -> None:
     placements = require_fit(plan(request.shape, request.large), options.offload, smaller, room)
     if options.vram and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, options.vram * GB / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.vram * GB / total), device.index)
     if options.save_workflow:
         log.info(save_workflow(options.save_workflow, options, request, checkpoints))
     with Bars() as bars:

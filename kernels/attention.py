@@ -106,10 +106,10 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _by_head(F.scaled_dot_product_attention(_by_key_head(q, k), k, v), q.shape[2])
+    return by_head(F.scaled_dot_product_attention(by_key_head(q, k), k, v), q.shape[2])
 
 
-def _by_key_head(q: Tensor, k: Tensor) -> Tensor:
+def by_key_head(q: Tensor, k: Tensor) -> Tensor:
     """The query heads of one key head as one long row of queries: [B, N, S, H] -> [B, K, N/K * S, H].
 
     With fewer key heads than query heads, most fused kernels step aside for one that makes the whole matrix
@@ -118,8 +118,8 @@ def _by_key_head(q: Tensor, k: Tensor) -> Tensor:
     return q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
 
 
-def _by_head(out: Tensor, tokens: int) -> Tensor:
-    # the way back; the heads of a token lie together, as in the output of the fused kernels
+def by_head(out: Tensor, tokens: int) -> Tensor:
+    """The way back of `by_key_head`; the heads of a token lie together, as in the output of fused kernels."""
     return rearrange(out, "b k (g s) h -> b s (k g) h", s=tokens).transpose(1, 2)
 
 
@@ -167,8 +167,8 @@ def windowed_by_merging(
 
 def _with_log_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     # attention and the logarithm [B, N, S] of each softmax's denominator
-    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(_by_key_head(q, k), k, v)
-    return _by_head(out, q.shape[2]), log_sum.reshape(q.shape[:3])
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(by_key_head(q, k), k, v)
+    return by_head(out, q.shape[2]), log_sum.reshape(q.shape[:3])
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from comfy.nested_tensor import NestedTensor
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ..kernels.attention import Attention, FrameWindow, attention, attention_by
+from ..kernels.attention import Attention, FrameWindow, attention, attention_by, by_head, by_key_head
 from ..kernels.scaled_matmul import has_scaled_matmul
 from ..model.checkpoint import BLOCK_LINEAR, Checkpoint, check_finite, check_names, open_checkpoint
 from ..model.config import TransformerConfig
@@ -128,6 +128,11 @@ class _HostAttention:
         return attention_by(self._full, q, k, v, window)
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.dtype == torch.float32:  # no fused kernel takes fewer key heads then
+            return by_head(self._host(by_key_head(q, k), k, v), q.shape[2])
+        return self._host(q, k, v)
+
+    def _host(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return comfy.ldm.modules.attention.optimized_attention(
             q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True,
             enable_gqa=q.shape[1] != k.shape[1], low_precision_attention=q.dtype != torch.float32,

@@ -36,8 +36,7 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
         def forward(self, x: Tensor, spans: Spans) -> Tensor:
             if self.held_weight:
                 return core.modality_linear(x, *self.held_weight, self.modalities, spans)
-            comfy.ops.run_every_op()
-            with comfy.ops.CastBiasWeightContext(self, x, offloadable=True) as (weight, _):
+            with _Fetched(self, x.dtype, x.device) as weight:
                 weight = core.ready(to_core(weight) or weight, x.dtype, x.device, self.modalities)
                 return core.modality_linear(x, weight, self.modalities, spans)
 
@@ -70,6 +69,39 @@ def operations(base: Any = comfy.ops.manual_cast) -> SimpleNamespace:
     )
 
 
+class _Fetched:
+    """The weight of a leaf where the host puts it, inside a `with`.
+
+    A weight that the host has prefetched is patched in the buffer where it lies, and would be patched again
+    by every call: what the first call gets is kept beside it, and goes with it.
+    """
+
+    KEPT = "patched by HappyHorse"
+
+    def __init__(self, leaf: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        comfy.ops.run_every_op()
+        self.prefetched = getattr(leaf, "_prefetch", {})
+        self.context = None
+        if self.KEPT not in self.prefetched:
+            self.context = comfy.ops.CastBiasWeightContext(
+                leaf, dtype=dtype, bias_dtype=dtype, device=device, offloadable=True
+            )
+
+    def __enter__(self) -> Tensor:
+        if self.context is None:
+            return self.prefetched[self.KEPT]
+        weight, _ = self.context.__enter__()
+        buffer = self.prefetched.get("xfer_dest")
+        stays = self.prefetched.get("signature") is not None  # patched for good
+        if buffer is not None and not stays and weight.data_ptr() == buffer.data_ptr():
+            self.prefetched[self.KEPT] = weight
+        return weight
+
+    def __exit__(self, *raised: object) -> None:
+        if self.context is not None:
+            self.context.__exit__(*raised)
+
+
 class _Held(core.Held):
     """`core.Held` for a leaf of the host.
 
@@ -80,16 +112,13 @@ class _Held(core.Held):
 
     def __enter__(self) -> None:
         leaf = self.leaf
-        comfy.ops.run_every_op()
-        with comfy.ops.CastBiasWeightContext(
-            leaf, dtype=self.dtype, bias_dtype=self.dtype, device=self.device, offloadable=True
-        ) as (weight, _):
-            stored = to_core(weight) or weight
+        with _Fetched(leaf, self.dtype, self.device) as weight:
+            stored, own = (to_core(tensor) or tensor for tensor in (weight, leaf.weight))
             made = core.ready(stored, self.dtype, self.device, leaf.modalities)
             patched = bool(leaf.weight_function)  # in place, where the weight is not quantised
             quantized = isinstance(leaf.weight, comfy.ops.QuantizedTensor)
             cast = weight.dtype != leaf.weight.dtype or (patched and quantized)
-            if made is stored and not cast and weight.data_ptr() != leaf.weight.data_ptr():
+            if not cast and made.data.data_ptr() == stored.data.data_ptr() != own.data.data_ptr():
                 if hasattr(leaf, "_v") and not patched:
                     return
                 made = made.clone()
@@ -109,6 +138,5 @@ class ModalityRMSNorm(nn.Module, comfy.ops.CastWeightBiasOp):
         self.weight = nn.Parameter(torch.empty(modalities * dim), requires_grad=False)
 
     def forward(self, x: Tensor, spans: Spans) -> Tensor:
-        comfy.ops.run_every_op()
-        with comfy.ops.CastBiasWeightContext(self, x, offloadable=True) as (weight, _):
+        with _Fetched(self, x.dtype, x.device) as weight:
             return core.modality_rms_norm(x, weight, self.modalities, spans, self.eps)

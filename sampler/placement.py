@@ -46,8 +46,10 @@ class Placement:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device or the RAM has no more memory."""
+    # by the CPU; by Apple's GPUs and by CUDA where the error has no type; by cuBLAS
+    said = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in said)
     )
 
 

@@ -43,7 +43,7 @@ class SizedPart(Protocol):
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that a film may use on its device and in RAM, the same where the device is the CPU."""
+    """Bytes that a film may use on its device and in RAM, the same where the device works in RAM."""
 
     device: int
     ram: int
@@ -51,7 +51,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Need:
-    """Peak bytes on the device and in RAM; where the device is the CPU all is in the first."""
+    """Peak bytes on the device and in RAM; where the device works in RAM all is in the first."""
 
     device: int
     ram: int
@@ -113,7 +113,7 @@ class Stage:
         else:
             streamed = sum(self.layers[placement.resident :])
             copies = 2 * max(self.layers[placement.resident :], default=0)
-        if device.type == "cpu":  # what the copies are made from lies there too
+        if works_in_ram(device):  # what the copies are made from lies there too
             return Need(self.weights + copies + active, 0)
         return Need(self.weights - streamed + copies + active, streamed + self.largest + self.in_ram)
 
@@ -128,9 +128,9 @@ class Plan:
     def options(self, stage: Stage, offload: str) -> Iterator[Placement]:
         """The placements of a stage under an offload, the fastest first; what changes roundings comes last.
 
-        'auto' has all of them. Streaming is of no use where the device is the CPU.
+        'auto' has all of them. Streaming is of no use where the device works in RAM.
         """
-        streams = bool(stage.layers) and self.device.type != "cpu"
+        streams = bool(stage.layers) and not works_in_ram(self.device)
         if offload in ("none", "stage", "blocks"):
             resident = 0 if offload == "blocks" and stage.layers else None
             yield Placement(keep=offload == "none", resident=resident)
@@ -171,7 +171,7 @@ class Plan:
             steps.append(Placement())
         works = [(work.piece, work.tiles) for work in stage.works]
         later = works[works.index((placement.piece, placement.tiles)) :]
-        resident = 0 if stage.layers and self.device.type != "cpu" else placement.resident
+        resident = 0 if stage.layers and not works_in_ram(self.device) else placement.resident
         steps += [Placement(False, resident, *work) for work in later]
         needs = [stage.need(step, self.device) for step in steps]
         kept = [step for step, need in zip(steps[1:], needs[1:], strict=True) if need.ram <= room.ram]
@@ -191,12 +191,17 @@ class Plan:
         return min(needs, key=lambda pair: (pair[1].device, pair[1].ram))
 
 
+def works_in_ram(device: torch.device) -> bool:
+    """Whether a device has no memory of its own, as CPUs and Apple's GPUs."""
+    return device.type in ("cpu", "mps")
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that a film may use on `device`."""
-    module = None if device.type == "cpu" else torch.get_device_module(device)
+    module = None if works_in_ram(device) else torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):
         free = module.mem_get_info(device)[0]
-    else:  # Apple's GPUs work in RAM
+    else:
         free = psutil.virtual_memory().available
     return int(free * (1 - RESERVE))
 
@@ -204,7 +209,7 @@ def free_memory(device: torch.device) -> int:
 def room_on(device: torch.device, vram: float | None = None, ram: float | None = None) -> Room:
     """What is free, or of so many GB of a device's memory and of RAM what a film may use."""
     on_cpu = free_memory(CPU) if ram is None else int(ram * GB * (1 - RESERVE))
-    if device.type == "cpu":
+    if works_in_ram(device):
         return Room(on_cpu, on_cpu)
     return Room(free_memory(device) if vram is None else int(vram * GB * (1 - RESERVE)), on_cpu)
 
@@ -262,7 +267,7 @@ def table(plan: Plan, placements: Mapping[str, Placement], room: Room) -> list[s
         need = Need(need.device + kept - (stage.weights if placement.keep else 0), need.ram)
         vram, ram = (f"{num_bytes / GB:.2f}" for num_bytes in (need.device, need.ram))
         memories = ("VRAM", "RAM")
-        if plan.device.type == "cpu":
+        if works_in_ram(plan.device):
             vram, ram, memories = "-", vram, ("RAM", "RAM")
         short = [memory for memory, lacks in zip(memories, need.short(room), strict=True) if lacks]
         fits = f"NO, too little {' and '.join(short)}" if short else "yes"

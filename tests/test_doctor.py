@@ -189,7 +189,7 @@ def test_vram_of_a_cpu_is_refused_for_a_film(
     film = ["generate", "--prompt", "a", "--out", str(tmp_path / "film.mp4"), "--vram", "8", *device]
     assert cli.main(film) == 2
     error = capsys.readouterr().err
-    assert "--vram: the device is a CPU, which has no VRAM" in error and "--ram" in error
+    assert "--vram: the device 'cpu' works in RAM" in error and "--ram" in error
     assert error.count("\n") == 1
 
 

@@ -207,7 +207,7 @@ def test_what_cannot_be_used_is_one_sentence(
         "must be a number above 0, got '-1'": (clips, out, "--rate", "-1"),
         "must be from 0 to 6, got 7": (clips, out, "--resident", "7"),
         "training needs about": (clips, out, "--ram", "0.001"),
-        "the device is a CPU, which has no VRAM": (clips, out, "--vram", "8"),
+        "the device 'cpu' works in RAM": (clips, out, "--vram", "8"),
         "is the variant '540p_sr' by its header": (clips, out, "--model", pony_folder / "540p_sr"),
         "--negative: distill never sees a negative": (clips, out, "--variant", "distill", "--negative", "x"),
         "holds the text encoder": (clips, out, "--model", pony_folder / "text_encoder"),

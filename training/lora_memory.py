@@ -11,7 +11,7 @@ from ..model.lora import transformer_shapes
 from ..model.transformer import piece_tokens
 from ..sampler.activations import TEXT_TOKENS
 from ..sampler.placement import Placement
-from ..sampler.plan import GB, Room, SizedPart, Stage, Work, plan_film
+from ..sampler.plan import GB, Room, SizedPart, Stage, Work, plan_film, works_in_ram
 from .lora import LoraSettings, targets
 
 # float32 values for every parameter of an adapter: itself, its gradient, its running mean and Adam's two
@@ -73,7 +73,7 @@ def resident_layers(stage: Stage, device: torch.device, room: Room, asked: int |
         if not 0 <= asked <= layers:
             raise ValueError(f"layers to keep on the device must be from 0 to {layers}, got {asked}")
         return None if asked == layers else asked
-    counts = (None,) if device.type == "cpu" else (None, *range(layers - 1, -1, -1))
+    counts = (None,) if works_in_ram(device) else (None, *range(layers - 1, -1, -1))
     for resident in counts:
         if stage.need(Placement(resident=resident), device).fits(room):
             return resident

@@ -2,25 +2,31 @@
 
 import itertools
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import comfy.hooks
+import comfy.memory_management
 import comfy.model_management
 import comfy.ops
 import comfy.sd
 import pytest
 import torch
+from comfy.model_patcher import LowVramPatch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from happyhorse.model import operations as core
+from happyhorse.model import transformer
 from happyhorse.model.checkpoint import BLOCK_LINEAR, load, open_checkpoint
 from happyhorse.model.config import PONY
 from happyhorse.model.convert import convert
 from happyhorse.model.packing import Latents, PackedLayout
-from happyhorse.model.quant import quantize
+from happyhorse.model.quant import FLOAT8, QuantizedWeight, quantize
 from happyhorse.nodes.model import load_model
+from happyhorse.nodes.quantized import to_core, to_host
 from happyhorse.nodes.text_encoder import load_clip
 
 CONFIG = PONY.transformers["distill"]
@@ -134,6 +140,45 @@ def test_fp8_of_one_scale_loads_into_the_hosts_own_layers(pony_folder: Path, tmp
     torch.testing.assert_close(layer.weight.dequantize(), plain, rtol=1e-6, atol=0)
 
 
+def test_prefetched_weights_are_patched_once_however_many_pieces_use_them(
+    pony_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformer, "MLP_TOKENS", 8)
+    patcher = load_model(pony_folder / "distill", None, "bfloat16")
+    leaves = {
+        f"diffusion_model.{name}.weight": leaf
+        for name, leaf in patcher.model.diffusion_model.named_modules()
+        if name.startswith("block.") and hasattr(leaf, "weight_function")
+    }
+    patches = {key: [(0.25, (leaf.weight.clone(),), 1.0, None, None)] for key, leaf in leaves.items()}
+    plain = host_velocity(patcher)
+    for key, leaf in leaves.items():
+        leaf.weight_function = [LowVramPatch(key, patches)]
+    want = host_velocity(patcher)
+    assert not torch.equal(want, plain)
+
+    for key, leaf in leaves.items():  # as the host's dynamic VRAM has them when there is no room for them
+        geometry = comfy.memory_management.tensors_to_geometries([leaf.weight, None])
+        leaf.weight_function, leaf.weight_lowvram_function = [], LowVramPatch(key, patches)
+        leaf._prefetch = {
+            "signature": None, "resident": False, "needs_cast": False, "cast_dest": None,
+            "cast_geometry": geometry, "xfer_dest": leaf.weight.detach().clone().flatten().view(torch.uint8),
+        }  # fmt: skip
+    fetch, calls = comfy.ops.cast_bias_weight, Counter()
+
+    def prefetched(leaf: Any, *arguments: Any, **options: Any) -> Any:
+        """Which of the host's two ways is gone is decided here: the one of GPUs."""
+        if not hasattr(leaf, "_prefetch"):
+            return fetch(leaf, *arguments, **options)
+        calls[leaf] += 1
+        dtype, device = options["dtype"], options["device"]
+        return *comfy.ops.resolve_cast_module_with_vbar(leaf, dtype, device, dtype, None, False), None
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", prefetched)
+    assert torch.equal(host_velocity(patcher), want)
+    assert len(calls) == len(leaves)
+
+
 @pytest.mark.parametrize("patched", [False, True])
 def test_what_is_held_survives_the_fetching_of_other_weights(
     patched: bool, pony_folder: Path, quantized_pony: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,16 +186,24 @@ def test_what_is_held_survives_the_fetching_of_other_weights(
     fetch = comfy.ops.cast_bias_weight
     buffers = itertools.cycle(torch.empty(2, 2**22, dtype=torch.uint8))
 
+    def copied(data: Tensor) -> Tensor:
+        return next(buffers)[: data.nbytes].view(data.dtype).view(data.shape).copy_(data)
+
     def into_buffers(leaf: Any, *arguments: Any, **options: Any) -> Any:
         """As the host fetches weights that are not on the device: into one of two buffers, in turn.
 
         Patches change them there; other dtypes are new tensors.
         """
         weight, bias, stream = fetch(leaf, *arguments, **options)
-        if isinstance(leaf.weight, comfy.ops.QuantizedTensor) or weight.dtype != leaf.weight.dtype:
-            return weight, bias, stream
-        copy = next(buffers)[: weight.nbytes].view(weight.dtype).view(weight.shape)
-        return copy.copy_(weight), bias, stream
+        if isinstance(weight, comfy.ops.QuantizedTensor):
+            stored = to_core(weight)
+            weight = to_host(replace(stored, data=copied(stored.data)), weight.dtype)
+        elif not isinstance(leaf.weight, comfy.ops.QuantizedTensor) and weight.dtype == leaf.weight.dtype:
+            weight = copied(weight)
+        return weight, bias, stream
+
+    # else float8 would be worked out on a CPU
+    monkeypatch.setattr(QuantizedWeight, "is_fast_for", lambda self, *_: self.format in FLOAT8)
 
     for path, dtype in ((pony_folder / "distill", "bfloat16"), (quantized_pony, "default")):
         patcher = load_model(path, None, dtype)

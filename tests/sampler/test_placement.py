@@ -170,6 +170,8 @@ def test_a_step_down_lets_go_of_what_is_kept_and_is_noted(pony_folder: Path) -> 
     [
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 18 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (MemoryError(), True),
         (RuntimeError("shapes do not fit"), False),
         (ValueError("DefaultCPUAllocator"), False),

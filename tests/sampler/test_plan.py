@@ -1,7 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -423,9 +422,15 @@ def test_what_fits_comes_with_its_steps_down() -> None:
     assert chosen["video_decoder"] == (WHOLE_ON_IT, Placement(tiles=4))
 
 
-def test_a_device_that_tells_no_free_memory_works_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(__name__=device.type))
-    assert free_memory(torch.device("mps")) == pytest.approx(free_memory(CPU), rel=0.2)
+def test_a_film_on_an_apple_gpu_is_planned_in_ram_once() -> None:
+    apple = torch.device("mps")
+    assert free_memory(apple) == pytest.approx(free_memory(CPU), rel=0.2)
+    plan = replace(ON_ACCELERATOR, device=apple)
+    on_cpu = replace(ON_ACCELERATOR, device=CPU)
+    for offload in ("none", "stage", "blocks", "auto", "pieces"):
+        assert plan.need(offload) == on_cpu.need(offload)
+        for size in (10, 20, 30, 60):
+            assert plan.place(offload, room(size, size)) == on_cpu.place(offload, room(size, size))
 
 
 def test_given_memory_replaces_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

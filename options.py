@@ -115,7 +115,10 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         help="sample draws the audio latents from the seed, as published",
     )
     parser.add_argument(
-        "--seconds", type=float, help=f"{MIN_SECONDS:g} to {MAX_SECONDS:g} in steps of {1 / FPS:g}"
+        "--seconds",
+        type=float,
+        help=f"{MIN_SECONDS:g} to {MAX_SECONDS:g} in steps of {1 / FPS:g}; default: as --audio, or what "
+        "the preset says",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="multiples of 32")

@@ -53,8 +53,13 @@ def _left_out(options: argparse.Namespace, request: FilmRequest) -> Iterator[str
         "--compile": options.compile,
         "--offload pieces": options.offload == "pieces",
     }
+    lossless = request.image is None or request.image.suffix.lower() == ".png"
     if missing := [option for option, is_given in given.items() if is_given]:
         yield f"not in it: {', '.join(missing)}"
+    if not lossless:
+        yield f"ComfyUI decodes {request.image.name} a little otherwise; a .png is the same to both"
+    if options.upscale:
+        yield "ComfyUI resizes and encodes by itself: pixels differ by roundings"
     if request.image and has_transparency(request.image):
         yield f"ComfyUI drops the transparency of {request.image.name}, which is white here"
 

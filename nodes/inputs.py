@@ -134,6 +134,8 @@ def film_frames(video: Any, images: Tensor | None, audio: Audio | None) -> tuple
         check_pictures(images, "images")
         return images, audio
     parts = video.get_components()
+    if len(parts.images) == 0:
+        raise ValueError("video: it holds no pictures; connect another, or trim less of it")
     frames, rate = parts.images, Fraction(parts.frame_rate)
     if rate != FPS:
         log.warning("video: its %g frames a second become %d by nearest time", float(rate), FPS)

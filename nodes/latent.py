@@ -256,6 +256,8 @@ class HappyHorseContinueFilm(io.ComfyNode):
             outputs=[
                 latent_output(),
                 io.Int.Output(display_name="overlap_frames", tooltip="Frames that both films have."),
+                io.Image.Output(display_name="images", tooltip="The given film's, 25 a second, to join."),
+                io.Audio.Output(display_name="audio", tooltip="Its sound, as long as they; else silence."),
             ],
         )  # fmt: skip
 
@@ -271,26 +273,27 @@ class HappyHorseContinueFilm(io.ComfyNode):
                 f"overlap: 4n+1 frames are needed, at most the {len(frames)} of the given film and fewer "
                 f"than the {shape.pixel_frames} of the new one, got {overlap}; choose another number"
             )
-        if sound is not None:
-            sound = last_sound(sound, len(frames), overlap)
-        size = shape.width, shape.height
-        start = encode_film(vae, audio_vae, frames[-overlap:], sound, size)
+        size, first = (shape.width, shape.height), len(frames) - overlap
+        last = None if sound is None else sound_between(sound, first, len(frames))
+        start = encode_film(vae, audio_vae, frames[first:], last, size)
         new_streams, new_masks = empty(shape), []
         for stream, held, given in zip(new_streams, start, (True, sound is not None), strict=True):
             mask = torch.ones_like(stream[:, :1])
             if given:
                 stream[:, :, : held.shape[2]], mask[:, :, : held.shape[2]] = held, 0
             new_masks.append(mask)
-        return io.NodeOutput(film_latent(*new_streams, *new_masks), overlap)
+        silence = {"waveform": torch.zeros(1, 2, 1), "sample_rate": FILM_RATE}
+        whole = sound_between(silence if sound is None else sound, 0, len(frames))
+        return io.NodeOutput(film_latent(*new_streams, *new_masks), overlap, frames, whole)
 
 
-def last_sound(audio: Audio, frames: int, overlap: int) -> Audio:
-    """The sound of the last `overlap` of `frames` pictures; silence where it ends before them."""
+def sound_between(audio: Audio, first: int, stop: int) -> Audio:
+    """The sound of frames `first` to `stop`; silence where it ends before them."""
     check_sound(audio)
     rate, waveform = audio["sample_rate"], audio["waveform"]
-    first, length = round((frames - overlap) / FPS * rate), round(overlap / FPS * rate)
-    part = waveform[..., first : first + length]
-    missing = length - part.shape[-1]
+    start, end = (round(frame / FPS * rate) for frame in (first, stop))
+    part = waveform[..., start:end]
+    missing = end - start - part.shape[-1]
     return {"waveform": torch.nn.functional.pad(part, (0, missing)), "sample_rate": rate}
 
 

@@ -97,7 +97,8 @@ def hold_start_audio(latent: dict[str, Any]) -> dict[str, Any]:
         return latent
     video, audio = streams(latent)
     video_mask, audio_mask = masks(latent)
-    return film_latent(video, audio, video_mask, torch.zeros_like(audio_mask))
+    held = film_latent(video, audio, video_mask, torch.zeros_like(audio_mask))
+    return latent | held | {"start_audio": None}
 
 
 class HappyHorseSampler(io.ComfyNode):

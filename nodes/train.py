@@ -4,6 +4,7 @@ It loads the parts itself, by the core: the host's own objects are made in infer
 can be trained.
 """
 
+import json
 import re
 import traceback
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ..training.lora_run import LoraJob
 
 RUNS = "happyhorse_training"  # in the host's folder of outputs
+FINISHED = "finished.json"  # in the folder of a run
 DTYPES = {"default": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 PARTS = {"all": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 ROLES = {  # and the inputs that name their files
@@ -77,7 +79,8 @@ class HappyHorseTrainLora(io.ComfyNode):
             display_name="HappyHorse Train LoRA",
             category="HappyHorse/train",
             description="Trains a LoRA on a folder of clips with sound and captions, writes it into "
-            "models/loras and applies it. An interrupted run goes on when it is queued again.",
+            "models/loras and applies it. An interrupted run goes on when it is queued again; a finished one "
+            "is loaded, not trained again.",
             search_aliases=["train", "training", "finetune", "magihuman lora", "happyhorse trainer"],
             inputs=[
                 io.Combo.Input("folder", options=sorted(_clip_folders(), key=_has_films, reverse=True),
@@ -174,20 +177,29 @@ class HappyHorseTrainLora(io.ComfyNode):
         )  # fmt: skip
         name = _plain(name)
         out = _free_file(name)
+        dtype = DTYPES[weight_dtype] or default_compute_dtype()
         job = LoraJob(
             _clips(folder), out, Path(folder_paths.get_output_directory(), RUNS, name),
             FilmShape.from_seconds(width, height, seconds), settings,
             negative_prompt(transformer.variant, transformer.config), batch_size, accumulation,
             None if resident < 0 else resident, "another name",
         )  # fmt: skip
-        with torch.inference_mode(False), torch.enable_grad():
-            _train(job, checkpoints, DTYPES[weight_dtype] or default_compute_dtype())
+        files_now = cls.fingerprint_inputs(folder, base, text_encoder, vae, audio_vae)
+        made_of = json.dumps([job.told, accumulation, str(dtype), files_now])
+        lines = ["trained"]
+        if there := _finished(job, made_of):
+            out, lines = there, ["trained before, of the same files and settings; another seed makes another"]
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                _train(job, checkpoints, dtype)
+            _finish(job, made_of)
         plot = _picture(job.folder / "loss.png")
         written = out.relative_to(_loras()).as_posix()
-        patched, report = ExecutionBlocker(UNCONNECTED), "trained"
+        patched = ExecutionBlocker(UNCONNECTED)
         if model is not None:
             patched, report = load_lora(model, out, Strengths())
-        show("\n".join([written, report, *([GUESSED] if guessed else [])]))
+            lines.append(report)
+        show("\n".join([written, *lines, *([GUESSED] if guessed else [])]))
         return io.NodeOutput(patched, plot, written, ui=ui.PreviewImage(plot, cls=cls))
 
 
@@ -233,6 +245,24 @@ def _train(job: "LoraJob", checkpoints: Mapping[str, Checkpoint], dtype: torch.d
     ):
         job.out.parent.mkdir(parents=True, exist_ok=True)
         train_lora(job, stage, on_step)
+
+
+def _finish(job: "LoraJob", made_of: str) -> None:
+    """Keep beside the run which LoRA it made, and of what."""
+    from ..training.files import write_whole
+
+    told = json.dumps({"lora": job.out.relative_to(_loras()).as_posix(), "made_of": made_of})
+    write_whole(job.folder / FINISHED, lambda path: path.write_text(told, encoding="utf-8"), job.elsewhere)
+
+
+def _finished(job: "LoraJob", made_of: str) -> Path | None:
+    """The LoRA that the last run under this name made, if it is there and was made of the same."""
+    path = job.folder / FINISHED
+    if not path.exists():
+        return None
+    told = json.loads(path.read_text(encoding="utf-8"))
+    lora = _loras() / told["lora"]
+    return lora if told["made_of"] == made_of and lora.exists() else None
 
 
 @contextmanager

@@ -108,6 +108,12 @@ def test_what_the_graph_lacks_is_said(
         )  # fmt: skip
     assert "; not in it: --attention sage, --compile, --offload pieces;" in caplog.text
     assert "ComfyUI drops the transparency of clear.png" in caplog.text
+    assert "otherwise" not in caplog.text and "by itself" not in caplog.text
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    with caplog.at_level("INFO", "happyhorse"):
+        saved(tmp_path, monkeypatch, "--image", str(tmp_path / "photo.jpg"), "--upscale", "192x192:bicubic")
+    assert "ComfyUI decodes photo.jpg a little otherwise" in caplog.text
+    assert "ComfyUI resizes and encodes by itself" in caplog.text
 
 
 @pytest.mark.usefixtures("cached_pony")

@@ -181,10 +181,10 @@ class Graph:
         prompt = self.add(PROMPT, "HappyHorsePrompt", **vars(self.words))
         return self.add(PROMPT, "HappyHorseTextEncode", clip=clip, prompt=prompt)
 
-    def size(self) -> Json:
+    def size(self, aspect: str = "16:9") -> Json:
         if self.pony:
             return {"aspect": "custom", "width": 96, "height": 96}
-        return {"aspect": "16:9", "width": 448, "height": 256}
+        return {"aspect": aspect, "width": 448, "height": 256}
 
     @property
     def preset(self) -> Preset:
@@ -293,17 +293,17 @@ def _with_sound(g: Graph, latent: Output, audio_vae: Output, sound: Output) -> O
 def film_to_film(g: Graph) -> None:
     encoder, loaded = g.wan("Video VAE: encodes"), load(g)
     film, sources = g.film(loaded), {"vae": encoder, "audio_vae": loaded.audio_vae}
-    latent = g.add(LATENT, "HappyHorseFilmToFilm", video=film, **sources, **g.size())
+    latent = g.add(LATENT, "HappyHorseFilmToFilm", video=film, **sources, **g.size("as given"))
     g.save(g.sample(loaded.model, loaded.positive, latent, denoise=0.6), loaded.vae, loaded.audio_vae)
 
 
 def continue_film(g: Graph) -> None:
     encoder, loaded = g.wan("Video VAE: encodes"), load(g)
     film, sources = g.film(loaded), {"vae": encoder, "audio_vae": loaded.audio_vae}
-    inputs = g.size() | {"seconds": g.seconds, "overlap": 9}
+    inputs = g.size("as given") | {"seconds": g.seconds, "overlap": 9}
     latent = g.add(LATENT, "HappyHorseContinueFilm", video=film, **sources, **inputs)
     new = g.sample(loaded.model, loaded.positive, latent)
-    old, overlap = g.add(BOTH, "GetVideoComponents", "The first film", video=film), latent.at(1)
+    overlap, old, old_sound = (latent.at(slot) for slot in (1, 2, 3))
     new = g.add(
         BOTH, "HappyHorseDecode", "The new film", latent=new, vae=loaded.vae, audio_vae=loaded.audio_vae
     )
@@ -318,7 +318,7 @@ def continue_film(g: Graph) -> None:
     rest = {"start_index": seconds, "duration": 60.0}
     sound = g.add(JOIN_SOUNDS, "TrimAudioDuration", "New sound without the overlap", audio=new.at(1), **rest)
     sound = g.add(
-        JOIN_SOUNDS, "AudioConcat", "First, then new", audio1=old.at(1), audio2=sound, direction="after"
+        JOIN_SOUNDS, "AudioConcat", "First, then new", audio1=old_sound, audio2=sound, direction="after"
     )
     g.save_video(g.add(SAVE, "CreateVideo", images=frames, audio=sound, fps=new.at(2)))
 
@@ -447,8 +447,8 @@ ALL = [
         continue_film,
         "Continue film",
         "The last frames of a film and their sound are the start of a new one; both are then joined.",
-        "Choose your film in *Load Video*: one made here, or another with 25 frames a second. It keeps its "
-        "size, and the new frames are fitted to it.",
+        "Choose your film in *Load Video*. It keeps its size and becomes 25 frames a second, and the new "
+        "frames are fitted to it.",
         talk("The coffee is still warm."),
     ),
     Workflow(

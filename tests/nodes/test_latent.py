@@ -397,9 +397,10 @@ def test_too_few_frames_are_refused(both: dict[str, Any]) -> None:
 @pytest.mark.parametrize("overlap", [1, 5, 9])
 def test_the_end_of_a_film_is_held_as_the_start_of_the_next(overlap: int, both: dict[str, Any]) -> None:
     images, sound = random(15, HEIGHT, WIDTH, 3), tone(0.6)
-    latent, frames = HappyHorseContinueFilm.execute(
+    latent, frames, old, whole = HappyHorseContinueFilm.execute(
         **both, **SIZE, seconds=1.0, overlap=overlap, images=images, audio=sound
     ).result
+    assert old is images and torch.equal(whole["waveform"], sound["waveform"])
     assert frames == overlap and shape_of(latent) == FilmShape(WIDTH, HEIGHT, 26)
     first = (15 - overlap) * 44100 // 25
     tail = {"waveform": sound["waveform"][..., first:], "sample_rate": 44100}
@@ -424,15 +425,37 @@ def test_an_overlap_that_does_not_fit_is_refused(overlap: int, both: dict[str, A
 
 
 def test_sound_that_ends_before_the_film_continues_as_silence(both: dict[str, Any]) -> None:
-    latent, _ = HappyHorseContinueFilm.execute(
-        **both, **SIZE, seconds=1.0, overlap=5, images=random(15, HEIGHT, WIDTH, 3), audio=tone(0.2)
-    ).result
-    silence = {"waveform": torch.zeros(1, 2, 44100), "sample_rate": 44100}
-    silent, _ = HappyHorseContinueFilm.execute(
-        **both, **SIZE, seconds=1.0, overlap=5, images=random(15, HEIGHT, WIDTH, 3), audio=silence
-    ).result
+    def continued(audio: dict[str, Any]) -> list[Any]:
+        images = random(15, HEIGHT, WIDTH, 3)
+        return HappyHorseContinueFilm.execute(
+            **both, **SIZE, seconds=1.0, overlap=5, images=images, audio=audio
+        ).result
+
+    latent, _, _, whole = continued(tone(0.2))
+    silent = continued({"waveform": torch.zeros(1, 2, 44100), "sample_rate": 44100})[0]
     assert not masks(latent)[1][..., :5].any()
     assert torch.equal(streams(latent)[1], streams(silent)[1])
+    given = tone(0.2)["waveform"]
+    assert whole["waveform"].shape[-1] == 44100 * 15 // 25
+    assert torch.equal(whole["waveform"][..., : given.shape[-1]], given)
+    assert not whole["waveform"][..., given.shape[-1] :].any()
+
+
+def test_a_film_without_sound_and_of_another_rate_comes_out_fit_to_be_joined(both: dict[str, Any]) -> None:
+    film = film_of(18, 30)
+    latent, _, images, sound = HappyHorseContinueFilm.execute(
+        **both, **SIZE, seconds=1.0, overlap=5, video=film
+    ).result
+    assert torch.equal(images, film_frames(film, None, None)[0]) and len(images) == 15
+    assert sound["waveform"].shape == (1, 2, 44100 * 15 // 25) and not sound["waveform"].any()
+    assert masks(latent)[1].all(), "its silence is not held"
+
+
+@pytest.mark.parametrize("rate", [25, 30])
+def test_a_video_without_pictures_is_refused(rate: int, both: dict[str, Any]) -> None:
+    for node, more in ((HappyHorseFilmToFilm, {}), (HappyHorseContinueFilm, {"seconds": 1.0, "overlap": 5})):
+        with pytest.raises(ValueError, match=r"^video: it holds no pictures"):
+            node.execute(**both, **SIZE, **more, video=film_of(0, rate))
 
 
 # Files

@@ -14,7 +14,7 @@ from comfy_extras.nodes_torch_compile import TorchCompileModel
 from safetensors.torch import save_file
 
 import nodes as stock
-from happyhorse.nodes.latents import film_latent
+from happyhorse.nodes.latents import film_latent, masks, start_audio, streams
 from happyhorse.nodes.model import load_model
 from happyhorse.nodes.sampler import (
     HappyHorseGuider,
@@ -22,6 +22,7 @@ from happyhorse.nodes.sampler import (
     HappyHorseSampler,
     HappyHorseSamplerSelect,
     HappyHorseSigmas,
+    hold_start_audio,
     partial_sigmas,
 )
 from happyhorse.sampler.schedule import flow_sigmas
@@ -231,6 +232,14 @@ def test_a_film_taken_from_a_batch_is_made_again(model, prompt: list) -> None:
     assert again["batch_index"] == [1]
     for stream, want in zip(again["samples"].unbind(), second, strict=True):
         torch.testing.assert_close(stream, want, atol=1e-4, rtol=0)
+
+
+def test_a_held_start_of_the_sound_keeps_what_else_the_latent_says() -> None:
+    start = empty() | {"batch_index": [3]}
+    start["start_audio"] = streams(start)[1]
+    held = hold_start_audio(start)
+    assert held["batch_index"] == [3] and start_audio(held) is None
+    assert not masks(held)[1].any() and masks(held)[0].all()
 
 
 def test_the_base_model_is_guided_and_needs_a_negative_prompt(pony_folder: Path, prompt: list) -> None:

@@ -121,6 +121,24 @@ def test_no_file_is_replaced_and_no_model_is_made_up(home: Path) -> None:
     assert (home / "loras" / "style" / "mine.safetensors").read_bytes() == kept
 
 
+def test_a_finished_run_is_loaded_and_not_trained_again(
+    home: Path, pony_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(pony_folder / "distill", None, "float32")
+    made, plot, name = run(model=model).args
+    trained, calls = train._train, []
+    monkeypatch.setattr(train, "_train", lambda *given: (calls.append(given), trained(*given)))
+    again, same_plot, same_name = run(model=model).args
+    assert not calls and same_name == name and torch.equal(same_plot, plot)
+    assert all(torch.equal(a, b) for a, b in zip(film(again), film(made), strict=True))
+
+    (home / "loras" / name).unlink()
+    assert run()[2] == name and len(calls) == 1, "a LoRA that is gone is made anew"
+    assert run(accumulation=2)[2] == "mine_00002.safetensors" and len(calls) == 2
+    (home / "input" / "clips" / "0.txt").write_text("a blue circle bounces slow .", encoding="utf-8")
+    assert run(accumulation=2)[2] == "mine_00003.safetensors" and len(calls) == 3
+
+
 def test_an_interrupted_run_goes_on_to_the_same_lora(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(name="unbroken")
     real, seen = comfy.model_management.throw_exception_if_processing_interrupted, []

@@ -325,11 +325,8 @@ def _read_for_use(
     for patch in patches:
         tensor = patch(tensor if tensor is not stored else tensor.clone())
     tensor = tensor.to(kept)
-    if patches and not _is_finite(tensor):
-        raise ValueError(
-            f"a LoRA makes {own} of the {checkpoint.label} NaN or infinite; lower its strength, or give "
-            "another"
-        )
+    if patches:
+        check_finite_after_lora(tensor, own, checkpoint)
     return tensor
 
 
@@ -375,6 +372,15 @@ def check_finite(tensor: Tensor, name: str, checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"{checkpoint.path}: {name} of the {checkpoint.label} holds NaN or infinite values; "
             "the file is damaged, download it again"
+        )
+
+
+def check_finite_after_lora(tensor: Tensor, name: str, checkpoint: Checkpoint) -> None:
+    """Raise ValueError naming a tensor of a checkpoint that its LoRAs have made NaN or infinite."""
+    if not _is_finite(tensor):
+        raise ValueError(
+            f"a LoRA makes {name} of the {checkpoint.label} NaN or infinite; lower its strength, or give "
+            "another"
         )
 
 

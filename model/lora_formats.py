@@ -316,19 +316,22 @@ def _adapter_settings(file: WeightFile) -> Mapping[str, Any]:
         settings = {} if text is None else json.loads(text)
         # diffusers puts the part's name before each: transformer.lora_alpha
         found = {name.removeprefix("transformer."): value for name, value in settings.items()}
-        alphas = {"lora_alpha": found.get("lora_alpha"), **(found.get("alpha_pattern") or {})}
-        found["alphas"] = {name: float(value) for name, value in alphas.items() if value is not None}
-        if not all(map(math.isfinite, found["alphas"].values())):
-            raise ValueError("lora_alpha is not finite")
-    except (ValueError, TypeError, AttributeError) as error:
+        alpha = found.get("lora_alpha")
+        found["lora_alpha"] = None if alpha is None else float(alpha)
+        found["alpha_pattern"] = {
+            re.compile(rf"(.*\.)?({pattern})"): float(value)
+            for pattern, value in (found.get("alpha_pattern") or {}).items()
+        }
+        if not all(map(math.isfinite, (*found["alpha_pattern"].values(), found["lora_alpha"] or 0))):
+            raise ValueError("an alpha is not finite")
+    except (ValueError, TypeError, AttributeError, re.error) as error:
         raise ValueError(f"{source}: its settings of the LoRA cannot be used ({error})") from error
     return found
 
 
 def _peft_alpha(settings: Mapping[str, Any], target: str, rank: int | None) -> float | None:
-    alphas = settings["alphas"]
-    named = [value for name, value in alphas.items() if f".{target}".endswith(f".{name}")]
-    alpha = named[-1] if named else alphas.get("lora_alpha")
+    named = (value for pattern, value in settings["alpha_pattern"].items() if pattern.fullmatch(target))
+    alpha = next(named, settings["lora_alpha"])
     if alpha is None or rank is None:
         return None
     return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, check_finite, check_names
+from .checkpoint import Checkpoint, check_finite, check_finite_after_lora, check_names
 from .config import TransformerConfig
 from .convert import FAMILY
 from .lora import Match, Place, Rows, Strengths, match, patches, rows_of, transformer_shapes
@@ -246,12 +246,13 @@ def merge_loras(
         for done, name in enumerate(shapes):
             progress(done, len(shapes))
             tensor = checkpoint.read(name)
+            check_finite(tensor, name, checkpoint)
             if name in changes:
                 values = tensor.to(torch.float32, copy=True)
                 for patch in changes[name]:
                     values = patch(values)
                 tensor = values.to(tensor.dtype)
-            check_finite(tensor, name, checkpoint)
+                check_finite_after_lora(tensor, name, checkpoint)
             file.write(name, tensor)
         progress(len(shapes), len(shapes))
     return len(changes)

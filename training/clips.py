@@ -1,29 +1,26 @@
 """A folder of clips with sound and captions -> batches of latents and text states, cached on disk.
 
 Captions are in NAME.txt beside NAME.mp4, or all in captions.jsonl, one {"file": ..., "caption": ...} a line.
-Letters: F pixel frames, H height, W width, N samples.
 """
 
 import hashlib
 import json
 import logging
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..media import FILMS, prepare_image, read_audio
-from ..model.audio_vae import ENCODE_RATE, encode_driving_audio
+from ..media import FILMS
+from ..model.audio_vae import encode_driving_audio
 from ..model.checkpoint import Checkpoint, load_tokenizer
 from ..model.finite import check_finite
-from ..model.geometry import FPS, FilmShape
+from ..model.geometry import FilmShape
 from ..model.packing import Latents
 from ..model.prompt import Tokenizer, encode_prompt
 from ..model.run_block import RunBlock
@@ -31,15 +28,14 @@ from ..model.stream_writer import write_tensors
 from ..model.weight_files import files_of
 from ..sampler.parts import Parts, Progress, default_vae_dtype, part_dtype
 from ..sampler.placement import Placement
+from .clip_reader import read_clip
 from .files import naming, read_tensors
 from .flow import Batch
 from .generators import generator
 
 log = logging.getLogger(__name__)
 CAPTIONS = "captions.jsonl"
-ENLARGED = 1.5  # times; clips that must be enlarged more are told
-SHORT_SOUND = 0.25  # seconds; clips whose sound ends so much before are told
-EARLY = 0.25 / FPS  # a picture may come so many seconds after its time, as time stamps are rounded
+SAMPLES = 512  # pieces of a checkpoint that tell it from another
 ROLES = ("text_encoder", "video_vae", "audio_vae")
 
 # use(role) is a context that gives a network, ready on its device, and the hook that runs its layers
@@ -62,20 +58,30 @@ def find_clips(folder: Path) -> list[Clip]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give one that holds clips and their captions")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in FILMS and path.is_file())
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        # "._" begins what macOS leaves beside a file on other systems' disks
+        if path.suffix.lower() in FILMS and path.is_file() and not path.name.startswith("._")
+    )
     if not paths:
         raise ValueError(
             f"{folder} holds no clips (folders in it are not searched); give the folder of the films "
             f"({', '.join(FILMS)}) and their captions"
         )
     listed = folder / CAPTIONS
-    captions = _listed_captions(listed, {path.name for path in paths}) if listed.exists() else {}
-    return [Clip(path, _caption(path, captions.get(path.name))) for path in paths]
+    captions = _listed_captions(listed, {_composed(path.name) for path in paths}) if listed.exists() else {}
+    return [Clip(path, _caption(path, captions.get(_composed(path.name)))) for path in paths]
+
+
+def _composed(name: str) -> str:
+    """A name of a file as it is typed: some systems store its accents as letters of their own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _listed_captions(listed: Path, names: set[str]) -> dict[str, str]:
     captions: dict[str, str] = {}
-    for number, line in enumerate(_text(listed).splitlines(), start=1):
+    for number, line in enumerate(_text(listed).split("\n"), start=1):  # captions may hold other line ends
         if not line.strip():
             continue
         try:
@@ -83,6 +89,7 @@ def _listed_captions(listed: Path, names: set[str]) -> dict[str, str]:
             name, caption = entry["file"], entry["caption"]
             if not isinstance(name, str) or not isinstance(caption, str):
                 raise TypeError("file and caption must be text")
+            name = _composed(name)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{listed}, line {number}: expected {{"file": ..., "caption": ...}}, got {line[:60]!r} '
@@ -116,108 +123,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from error
-
-
-def read_clip(path: Path, shape: FilmShape) -> tuple[Tensor, Tensor]:
-    """The beginning of a clip: frames [1, 3, F, H, W] in [-1, 1], and sound [2, N] at 51200 Hz.
-
-    Frames are taken at 25 a second, cropped about their centre and scaled. Raises ValueError naming a clip
-    that is damaged, shorter than the shape, or without picture or sound; warns of one that is far smaller.
-    """
-    try:
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
-            videos, sounds = container.streams.video, container.streams.audio
-            if not videos:
-                raise ValueError(f"{path} has no picture; take it out of the folder")
-            if not sounds:
-                raise ValueError(
-                    f"{path} has no sound stream; add one (silence, if it is a silent film), or take it out"
-                )
-            late = _start(sounds[0]) - _start(videos[0])
-            frames, found = _frames(container, videos[0], shape, path)
-    except av.error.FFmpegError as error:
-        reason = error.strerror or error
-        raise ValueError(
-            f"{path} cannot be read ({reason}); export it again, or take it out of the folder"
-        ) from error
-    if len(frames) < shape.pixel_frames:
-        raise ValueError(
-            f"{path} is too short: it lasts {found:.2f} s, and {shape.seconds:.2f} s are needed; give a "
-            "longer clip, or train with fewer seconds"
-        )
-    samples = shape.audio_latents * ENCODE_RATE // FPS
-    sound = read_audio(path, ENCODE_RATE, 2, samples / ENCODE_RATE + max(0.0, -late))
-    shift = round(late * ENCODE_RATE)
-    sound = sound[:, max(0, -shift) :]  # one that begins before the picture is cut
-    sound = F.pad(sound, (min(max(0, shift), samples), 0))[:, :samples]
-    missing = (samples - sound.shape[1]) / ENCODE_RATE
-    if missing > SHORT_SOUND:
-        log.warning(
-            "%s has no sound in the last %.1f of %.1f s, where silence is learnt; give a clip whose sound "
-            "is as long as its picture", path, missing, shape.seconds,
-        )  # fmt: skip
-    return torch.stack(frames, dim=2), F.pad(sound, (0, samples - sound.shape[1]))
-
-
-def _start(stream: av.stream.Stream) -> float:
-    return float((stream.start_time or 0) * stream.time_base)
-
-
-def _frames(
-    container: av.container.InputContainer, stream: av.VideoStream, shape: FilmShape, path: Path
-) -> tuple[list[Tensor], float]:
-    """Frames [1, 3, H, W] at 25 a second, up to the shape's number, and the seconds that were read.
-
-    A frame without a time, as in some AVI files, comes at the end of the one before.
-    """
-    stream.thread_type = "AUTO"
-    frames: list[Tensor] = []
-    first, end, current = None, 0.0, None
-    for frame in container.decode(stream):
-        if frame.time is None and not stream.average_rate:
-            raise ValueError(
-                f"{path} has pictures without times and no rate; export it again, as mp4 at 25 a second"
-            )
-        if current is None:
-            _warn_if_small(frame, shape, path)
-        if first is None and frame.time is not None:
-            first = frame.time - end
-        time = end if frame.time is None else frame.time - first
-        _repeat(frames, current, time, shape)
-        if len(frames) == shape.pixel_frames:
-            return frames, time
-        length = frame.duration * frame.time_base if frame.duration else 1 / (stream.average_rate or FPS)
-        current, end = partial(_pixels, frame, shape), time + float(length)
-    _repeat(frames, current, end, shape)
-    return frames, end
-
-
-def _warn_if_small(frame: av.VideoFrame, shape: FilmShape, path: Path) -> None:
-    width, height = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
-    scale = max(shape.width / width, shape.height / height)
-    if scale > ENLARGED:
-        log.warning(
-            "%s is %d x %d and is enlarged %.1f times, so its blur is learnt too; train at a smaller size "
-            "or give a larger clip",
-            path, width, height, scale,
-        )  # fmt: skip
-
-
-def _repeat(
-    frames: list[Tensor], current: Callable[[], Tensor] | None, until: float, shape: FilmShape
-) -> None:
-    """Append the present frame for every picture that is due before `until` seconds."""
-    pixels = None
-    while current and len(frames) < shape.pixel_frames and len(frames) / FPS + EARLY < until:
-        pixels = current() if pixels is None else pixels
-        frames.append(pixels)
-
-
-def _pixels(frame: av.VideoFrame, shape: FilmShape) -> Tensor:
-    image = frame.to_image()
-    if frame.rotation:
-        image = image.rotate(frame.rotation, expand=True)
-    return prepare_image(image, shape.width, shape.height)
 
 
 @dataclass(frozen=True)
@@ -395,8 +300,19 @@ def _content(path: Path) -> str:
 
 
 def file_identity(path: Path) -> str:
-    """Tells a checkpoint from another by names, sizes and times: its contents would take minutes to read.
+    """Tells a checkpoint from another by names, sizes and samples: to read it all would take minutes.
 
-    Only what may be read of it counts, not a note that somebody puts beside it.
+    Only what may be read of it counts, not a note that somebody puts beside it; a copy is the same.
     """
-    return _digest([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(path)])
+    return _digest([(file.name, file.stat().st_size, _sample(file)) for file in files_of(path)])
+
+
+def _sample(path: Path) -> str:
+    """A digest of the beginning of a file, which says what is in it, and of pieces all over."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        for piece in range(SAMPLES):
+            file.seek(size * piece // SAMPLES)
+            digest.update(file.read(4096))
+    return digest.hexdigest()

@@ -246,6 +246,17 @@ def test_alpha_comes_from_the_settings_beside_a_file_of_peft(tmp_path: Path) -> 
         assert error(apply(path, before)[f"{SHARED}.weight"], expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "pattern", [f"^{SHARED}", SHARED.partition(".")[2], r".*\.down_proj", "(x|down)_proj"]
+)
+def test_patterns_of_alpha_are_those_of_peft(pattern: str, tmp_path: Path) -> None:
+    assert SHARED.endswith(".down_proj")
+    settings = {"lora_alpha": 8, "alpha_pattern": {"other": 1, "own_proj": 1, pattern: 2, ".*": 3}}
+    before, (up, down) = weights(SHARED), pair(SHARED)
+    after = apply(save(tmp_path, plain(SHARED), lora_adapter_metadata=json.dumps(settings)), before)
+    assert error(after[f"{SHARED}.weight"], before[f"{SHARED}.weight"] + 2 / RANK * (up @ down)) <= TOLERANCE
+
+
 def test_strengths_per_modality_touch_only_their_thirds(tmp_path: Path) -> None:
     stems = (FUSED, MODAL, SHARED, "adapter.audio_embedder", "final_linear_video")
     path = save(tmp_path, {key: tensor for stem in stems for key, tensor in plain(stem).items()})
@@ -526,7 +537,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", ["[", "3", '{"lora_alpha": "x"}', '{"lora_alpha": NaN}', '{"alpha_pattern": 1}']
+    "settings",
+    [
+        "[",
+        "3",
+        '{"lora_alpha": "x"}',
+        '{"lora_alpha": NaN}',
+        '{"alpha_pattern": 1}',
+        '{"alpha_pattern": {"(": 1}}',
+    ],
 )
 def test_settings_that_cannot_be_read_are_an_error(settings: str, tmp_path: Path) -> None:
     path = save(tmp_path, plain(SHARED), lora_adapter_metadata=settings)

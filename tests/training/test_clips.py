@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import os
+import unicodedata
 import weakref
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import av
 import numpy as np
@@ -21,14 +24,13 @@ from happyhorse.model.geometry import FILM_RATE, FilmShape
 from happyhorse.model.prompt import encode_prompt
 from happyhorse.model.run_block import RunBlock
 from happyhorse.sampler.parts import open_part
+from happyhorse.training.clip_reader import _frames, read_clip
 from happyhorse.training.clips import (
     ClipData,
     Encoders,
-    _frames,
     file_identity,
     find_clips,
     prepare_clips,
-    read_clip,
 )
 
 SHAPE = FilmShape(64, 32, 9)  # 9 pictures
@@ -92,6 +94,17 @@ def test_captions_come_from_text_files_or_from_a_list(tmp_path: Path) -> None:
     assert found == [("a.mp4", "a red circle"), ("b.mp4", "clip b"), ("c.mp4", "clip c")]
 
 
+def test_captions_find_their_clips_however_their_accents_and_line_ends_are_stored(tmp_path: Path) -> None:
+    stored, typed = (unicodedata.normalize(form, "café.mp4") for form in ("NFD", "NFC"))
+    assert stored != typed
+    (tmp_path / stored).touch()
+    (tmp_path / f"._{stored}").write_bytes(b"\xff")  # left by macOS
+    caption = "one\u2028two\x85three"
+    text = json.dumps({"file": typed, "caption": caption}, ensure_ascii=False)
+    (tmp_path / "captions.jsonl").write_text(f"{text}\r\n", encoding="utf-8")
+    assert [(clip.path.name, clip.caption) for clip in find_clips(tmp_path)] == [(stored, caption)]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -137,6 +150,49 @@ def test_clips_that_are_enlarged_much_are_told(tmp_path: Path, caplog: pytest.Lo
     assert [text in told for text, told in zip(wanted, caplog.messages, strict=True)] == [True, True]
 
 
+def write_pixels(path: Path, pixels: torch.Tensor, **settings: Any) -> Path:
+    """A silent film of one picture (H, W, 3), with settings of its stream or codec."""
+    height, width, _ = pixels.shape
+    with av.open(str(path), "w") as container:
+        stream, sound = container.add_stream("libx264rgb", 25), container.add_stream("aac", 48000)
+        stream.width, stream.height, stream.pix_fmt = width, height, "rgb24"
+        for name, value in settings.items():
+            setattr(stream.codec_context, name, value)
+        for _ in range(12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels.numpy(), "rgb24")))
+        silence = av.AudioFrame.from_ndarray(np.zeros((2, 24000), np.float32), "fltp", "stereo")
+        silence.rate = 48000
+        container.mux([*stream.encode(), *sound.encode(silence), *sound.encode()])
+    return path
+
+
+def test_pixels_that_are_not_square_are_made_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pixels = torch.zeros(32, 64, 3, dtype=torch.uint8)
+    pixels[:, 16:48] = 255  # all that is seen of a picture of 128 x 32
+    clip = write_pixels(tmp_path / "a.mp4", pixels, sample_aspect_ratio=Fraction(2))
+    frames, _ = read_clip(clip, SHAPE)
+    assert frames[..., 2:-2].min() > 0.9
+    assert read_clip(write_pixels(tmp_path / "b.mp4", pixels), SHAPE)[0].min() < -0.9
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("transfer", [16, 18])
+def test_clips_in_hdr_are_told(transfer: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_clip(
+        write_pixels(tmp_path / "a.mp4", torch.zeros(32, 64, 3, dtype=torch.uint8), color_trc=transfer), SHAPE
+    )
+    assert "a.mp4 is HDR, which is learnt as flat, pale colours; give it as SDR" in caplog.text
+
+
+def test_colours_are_those_of_the_film(tmp_path: Path) -> None:
+    wanted = torch.tensor([200, 60, 40], dtype=torch.uint8)
+    with FilmWriter(tmp_path / "a.mp4", 64, 32) as film:  # in BT.709
+        film.add_audio(torch.zeros(2, FILM_RATE))
+        film.add_frames(wanted.expand(25, 32, 64, 3))
+    found = (read_clip(tmp_path / "a.mp4", SHAPE)[0].mean((0, 2, 3, 4)) + 1) * 127.5
+    assert (found - wanted).abs().max() < 3
+
+
 def test_a_clip_is_read_picture_by_picture_with_its_sound_in_time(tmp_path: Path) -> None:
     frames, sound = read_clip(write_clip(tmp_path / "a.mp4"), SHAPE)
     assert frames.shape == (1, 3, 9, 32, 64) and sound.shape == (2, 9 * 2048)
@@ -168,13 +224,16 @@ def test_frames_without_times_come_one_after_the_other(tmp_path: Path) -> None:
     def frames(*times: float | None, rate: int | None = 50) -> list[float]:
         decoded = [
             SimpleNamespace(
-                time=time, duration=0, rotation=0, width=64, height=32,
+                time=time, duration=0, rotation=0, width=64, height=32, colorspace=2,
                 to_image=partial(Image.new, "RGB", (64, 32), (12 * number,) * 3),
             )
             for number, time in enumerate(times)
         ]  # fmt: skip
         container = SimpleNamespace(decode=lambda _: decoded)
-        found, _ = _frames(container, SimpleNamespace(average_rate=rate), SHAPE, tmp_path / "a.avi")
+        stream = SimpleNamespace(
+            average_rate=rate, sample_aspect_ratio=None, codec_context=SimpleNamespace(color_trc=2)
+        )
+        found, _ = _frames(container, stream, SHAPE, tmp_path / "a.avi")
         return [(float(frame.mean()) + 1) / 2 * 255 for frame in found]
 
     stamped = frames(*(number / 50 for number in range(20)))
@@ -189,9 +248,10 @@ def test_sound_that_begins_before_or_after_the_picture_keeps_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: float, heard: float
 ) -> None:
     path = write_clip(tmp_path / "a.mp4")
-    monkeypatch.setattr("happyhorse.training.clips._start", lambda s: late if s.type == "audio" else 0.0)
+    reader = "happyhorse.training.clip_reader"
+    monkeypatch.setattr(f"{reader}._start", lambda s: late if s.type == "audio" else 0.0)
     monkeypatch.setattr(
-        "happyhorse.training.clips.read_audio",
+        f"{reader}.read_audio",
         lambda _, rate, channels, seconds: torch.ones(channels, int(min(seconds, 0.36) * rate)),
     )
     _, sound = read_clip(path, SHAPE)
@@ -323,6 +383,18 @@ def test_a_folder_of_weights_is_told_by_what_is_read_from_it(tmp_path: Path) -> 
     alone = file_identity(shard)
     (tmp_path / "other.safetensors").touch()
     assert file_identity(shard) == alone
+
+
+def test_a_copy_of_weights_is_the_same_and_a_change_in_them_is_not(tmp_path: Path) -> None:
+    weights = bytearray(torch.randint(256, (2**23,), generator=torch.manual_seed(0)).to(torch.uint8).numpy())
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        if folder == "c":
+            weights[2**22 : 2**22 + 2**18] = bytes(2**18)  # a tensor far from the beginning
+        (tmp_path / folder / "model.safetensors").write_bytes(weights)
+    os.utime(tmp_path / "b" / "model.safetensors", (1, 1))
+    one, copy, other = (file_identity(tmp_path / folder) for folder in ("a", "b", "c"))
+    assert one == copy != other
 
 
 def test_a_stop_leaves_only_whole_files_and_the_next_start_goes_on(

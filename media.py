@@ -51,7 +51,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            if image.mode != "F":
+                return _to_rgb(ImageOps.exif_transpose(image))
     except (PermissionError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -61,12 +62,22 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     except Exception as error:  # Pillow's readers raise many kinds, SyntaxError and struct.error among them
         accepted = ", ".join(IMAGE_FORMATS)
         raise ValueError(f"{path} is not a readable image (damaged, or none of {accepted})") from error
+    raise ValueError(f"{path} holds floating-point values, whose white is not told; export it as PNG")
 
 
 def has_transparency(path: str | os.PathLike[str]) -> bool:
-    """Whether `read_image` puts parts of this image file on white."""
+    """Whether `read_image`, which can read it, puts parts of this image file on white."""
     with Image.open(path, formats=IMAGE_FORMATS) as image:
         return _has_transparency(image)
+
+
+def is_plain_png(path: str | os.PathLike[str]) -> bool:
+    """Whether an image file is a PNG in colour of 8 bits, which all decoders read alike."""
+    with Path(path).open("rb") as file:
+        head = file.read(26)
+    depth, colours = head[24:25], head[25:26]
+    rgb, palette = depth == b"\x08" and colours in (b"\2", b"\6"), colours == b"\3"
+    return head[:8] == b"\x89PNG\r\n\x1a\n" and (rgb or palette)
 
 
 def _has_transparency(image: Image.Image) -> bool:
@@ -177,8 +188,8 @@ def resample_sound(waveform: Tensor, rate: int, sample_rate: int, channels: int)
     layout = {1: "mono", 2: "stereo"}.get(len(planes), f"{len(planes)}c")
     frames = []
     for start in range(0, planes.shape[1], rate):
-        block = np.ascontiguousarray(planes[:, start : start + rate])
-        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
+        block = planes[:, start : start + rate].T.reshape(1, -1)  # PyAV fills no more than seven planes
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), format="flt", layout=layout)
         frame.sample_rate = rate
         frames.append(frame)
     blocks = [_mixed(frame, channels) for frame in _resampled(frames, sample_rate)]
@@ -234,7 +245,8 @@ def _stated_seconds(container: av.container.InputContainer, stream: av.AudioStre
     with path.open("rb") as file:
         head = file.read(1 << 16)
     stated = float(stream.duration * stream.time_base) if stream.duration else 0.0
-    if container.format.name == "mp3" and not (b"Xing" in head or b"Info" in head):
+    guessed_mp3 = container.format.name == "mp3" and not (b"Xing" in head or b"Info" in head)
+    if guessed_mp3 or container.format.name == "aac":
         return 0.0  # then the duration is a guess from the bit rate
     if container.format.name == "wav" and head[:4] == b"RIFF":
         num_bytes = 8 + int.from_bytes(head[4:8], "little")

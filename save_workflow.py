@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .media import has_transparency
+from .media import has_transparency, is_plain_png, read_image
 from .model.checkpoint import Checkpoint
 from .pony import pony_folder
 from .sampler.pipeline import FilmRequest
@@ -34,7 +34,7 @@ def save_workflow(
     path: Path, options: argparse.Namespace, request: FilmRequest, checkpoints: Mapping[str, Checkpoint]
 ) -> str:
     """Write the film's settings to `path` and return, as one sentence, what ComfyUI needs to run them."""
-    prompt = film_prompt(options, request, checkpoints)
+    prompt, remarks = film_prompt(options, request, checkpoints), list(_left_out(options, request))
     path.write_text(json.dumps(prompt, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     needs = [f"{file.name} in its folder input" for file in (request.image, request.audio) if file]
     loaders = [node for node in prompt.values() if node["class_type"] in CHOICES]
@@ -43,7 +43,7 @@ def save_workflow(
     needs += sorted(f"{choice} in its folders of models" for choice in loaded if not _is_pony(choice))
     needs += sorted(f"{name} in models/loras" for name in loras)
     told = f"{path} is for ComfyUI with these nodes" + (f" and {', '.join(needs)}" if needs else "")
-    return told + "".join(f"; {remark}" for remark in _left_out(options, request))
+    return told + "".join(f"; {remark}" for remark in remarks)
 
 
 def _left_out(options: argparse.Namespace, request: FilmRequest) -> Iterator[str]:
@@ -53,14 +53,16 @@ def _left_out(options: argparse.Namespace, request: FilmRequest) -> Iterator[str
         "--compile": options.compile,
         "--offload pieces": options.offload == "pieces",
     }
-    lossless = request.image is None or request.image.suffix.lower() == ".png"
     if missing := [option for option, is_given in given.items() if is_given]:
         yield f"not in it: {', '.join(missing)}"
-    if not lossless:
-        yield f"ComfyUI decodes {request.image.name} a little otherwise; a .png is the same to both"
     if options.upscale:
         yield "ComfyUI resizes and encodes by itself: pixels differ by roundings"
-    if request.image and has_transparency(request.image):
+    if request.image is None:
+        return
+    read_image(request.image)  # what is wrong with it is said by this
+    if not is_plain_png(request.image):
+        yield f"ComfyUI decodes {request.image.name} a little otherwise, but not a PNG of 8-bit colours"
+    if has_transparency(request.image):
         yield f"ComfyUI drops the transparency of {request.image.name}, which is white here"
 
 

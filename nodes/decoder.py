@@ -62,6 +62,7 @@ class HappyHorseDecode(io.ComfyNode):
     ) -> io.NodeOutput:
         video, sound = _decoded_sound(latent, vae, audio_vae, audio)
         images = vae.decode(video).flatten(0, 1)
+        sound = sound.transpose(0, 1).reshape(1, 2, -1)  # one film after the other, as the pictures
         return io.NodeOutput(images, {"waveform": sound, "sample_rate": FILM_RATE}, float(FPS))
 
 

@@ -20,10 +20,11 @@ from ..model.audio_vae import ENCODE_RATE, encode_driving_audio
 from ..model.finite import check_finite
 from ..model.geometry import FPS, FilmShape
 from ..sampler.pipeline import READ_SECONDS, driving_audio
-from .vae import AudioVAEObject, VideoVAEObject
+from .vae import AudioVAEObject, VideoVAEObject, full_float32
 
 log = logging.getLogger(__name__)
 VIDEO_CHANNELS = 48
+MAX_CHANNELS = 8  # of a sound
 CURE = "check the weights, or load them with weight_dtype float32"
 Audio = dict[str, Any]  # the host's AUDIO: waveform (B, C, N) and sample_rate
 
@@ -65,6 +66,11 @@ def check_sound(audio: Audio, socket: str = "audio") -> None:
     if waveform.ndim != 3 or 0 in waveform.shape or not waveform.isfinite().all():
         found = "values that are not finite numbers" if waveform.numel() else "no samples"
         raise ValueError(f"{socket}: the sound holds {found}; connect another sound")
+    if waveform.shape[1] > MAX_CHANNELS:
+        raise ValueError(
+            f"{socket}: a sound of at most {MAX_CHANNELS} channels (7.1) is needed, got "
+            f"{waveform.shape[1]}; mix it to stereo, or connect another sound"
+        )
 
 
 def one_sound(audio: Audio, sample_rate: int, channels: int, socket: str = "audio") -> Tensor:
@@ -85,7 +91,7 @@ def encode_sound(
     needed = audio_vae.memory_used_encode((1, 2, waveform.shape[1]), audio_vae.vae_dtype)
     comfy.model_management.load_models_gpu([audio_vae.patcher], memory_required=needed, force_full_load=True)
     module = audio_vae.first_stage_model
-    with comfy.model_management.cuda_device_context(audio_vae.device):
+    with comfy.model_management.cuda_device_context(audio_vae.device), full_float32():
         latents = encode_driving_audio(module, waveform.to(audio_vae.device), generator=generator)
     check_finite({"audio": latents}, "encoding the audio", CURE)
     return latents.transpose(1, 2).contiguous().to(audio_vae.output_device)

@@ -15,6 +15,7 @@ from ..sampler import super_resolution
 from ..sampler.noise import FilmNoise, NoiseFunction
 from ..sampler.schedule import SHIFT, flow_sigmas
 from .inputs import encode_first_frame
+from .latent import MAX_SIDE
 from .latents import film_latent, shape_of, streams
 from .model import to_core, to_host
 from .sampler import MAX_STEPS, recipe_of, run, seed_input
@@ -30,9 +31,9 @@ def _size_inputs() -> list[io.Input]:
                        tooltip="540p doubles both sides; 1080p keeps the aspect at about 1920x1088 pixels; "
                        "custom takes width and height."),
         seed_input(),
-        io.Int.Input("width", default=1920, min=32, max=3840, step=32, advanced=True,
+        io.Int.Input("width", default=1920, min=32, max=MAX_SIDE, step=32, advanced=True,
                      tooltip="Pixels, a multiple of 32; for size custom."),
-        io.Int.Input("height", default=1088, min=32, max=3840, step=32, advanced=True,
+        io.Int.Input("height", default=1088, min=32, max=MAX_SIDE, step=32, advanced=True,
                      tooltip="Pixels, a multiple of 32; for size custom."),
     ]  # fmt: skip
 

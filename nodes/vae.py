@@ -247,6 +247,17 @@ class VideoVAEObject(CheckedVAE):
             )
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Keep convolutions in float32 from rounding what they multiply to 11 bits, as GPUs do by default."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
+
+
 class AudioVAEObject(CheckedVAE):
     """The audio VAE as a VAE of the host: latents (B, 64, A), sound in at 51200 Hz, out at 44100 Hz.
 
@@ -270,6 +281,7 @@ class AudioVAEObject(CheckedVAE):
             config, math.ceil(shape[2] / config.samples_per_latent), dtype, self.device
         )
 
+    @full_float32()
     def decode(self, samples_in: Tensor, vae_options: dict[str, Any] = {}) -> Tensor:  # noqa: ARG002, B006
         """Return the sound (B, N, 2) at 44100 Hz of latents (B, 64, A)."""
         self.check_latents(samples_in)
@@ -285,15 +297,22 @@ class AudioVAEObject(CheckedVAE):
         """The same as `decode`."""
         return self.decode(samples)
 
+    @full_float32()
     def decode_tiled_1d(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
         """What the host calls where memory has run out: smaller pieces."""
         samples = samples.to(self.device, self.vae_dtype)
         return self.first_stage_model.decode(samples, chunk=LEAST_CHUNK).to(self.output_device)
 
+    @full_float32()
+    def encode(self, pixel_samples: Tensor) -> Tensor:
+        """Return latents (B, 64, A) of sound (B, N, C) at 51200 Hz."""
+        return super().encode(pixel_samples)
+
     def encode_tiled(self, pixel_samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
         """The same as `encode`."""
         return self.encode(pixel_samples)
 
+    @full_float32()
     def encode_tiled_1d(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
         """What the host calls where memory has run out: smaller pieces."""
         samples = samples.to(self.device, self.vae_dtype)

@@ -86,6 +86,29 @@ def test_sixteen_bits_of_grey_are_scaled_not_clipped(tmp_path: Path) -> None:
         assert got[..., 0].tolist() == [[0, 128], [3, 255]]
 
 
+def test_floating_point_images_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tif")
+    assert_refused(media.read_image, tmp_path / "a.tif", "holds floating-point values.*; export it as PNG")
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "plain"),
+    [
+        ("RGB", "png", True),
+        ("RGBA", "png", True),
+        ("P", "png", True),
+        ("L", "png", False),
+        ("LA", "png", False),
+        ("I;16", "png", False),
+        ("RGB", "jpg", False),
+        ("RGB", "webp", False),
+    ],
+)
+def test_a_plain_png_is_told_from_other_images(tmp_path: Path, mode: str, suffix: str, plain: bool) -> None:
+    Image.new(mode, (4, 4)).save(tmp_path / f"a.{suffix}")
+    assert media.is_plain_png(tmp_path / f"a.{suffix}") == plain
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif", "gif"])
 def test_a_truncated_image_is_refused(tmp_path: Path, suffix: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -173,6 +196,22 @@ def test_surround_sound_is_brought_into_range(tmp_path: Path) -> None:
     path = write_sound(tmp_path / "surround.flac", "flac", tone(0.5, 48000, *[0.9] * 6), 48000)
     got = media.read_audio(path, 48000, 2)
     assert got.shape == (2, 24000) and 0.5 < got.abs().max() <= 1
+
+
+@pytest.mark.parametrize("channels", range(1, 9))
+def test_sound_of_many_channels_is_mixed(channels: int) -> None:
+    waveform = tone(0.5, 44100, *[0.1] * channels)
+    got = media.resample_sound(waveform, 44100, 44100, 2)
+    assert got.shape == (2, 22050) and 0.05 < got.abs().max() <= 1
+    if channels <= 2:
+        assert torch.equal(got, waveform.expand(2, -1))
+
+
+def test_the_length_of_a_raw_aac_file_is_not_taken_from_its_bit_rate(tmp_path: Path) -> None:
+    noise = torch.rand(2, 48000 * 3, generator=torch.manual_seed(0)) - 0.5
+    waveform = torch.cat([torch.zeros(2, 48000), noise], dim=1)  # whose silence has few bits
+    path = write_sound(tmp_path / "voice.aac", "aac", waveform, 48000)
+    assert abs(media.read_audio(path, 48000, 2).shape[1] - 4 * 48000) < 4096
 
 
 def test_reading_can_stop_early(tmp_path: Path) -> None:

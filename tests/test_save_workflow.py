@@ -117,6 +117,17 @@ def test_what_the_graph_lacks_is_said(
 
 
 @pytest.mark.usefixtures("cached_pony")
+def test_no_graph_is_written_for_an_image_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, file = tmp_path / "a.png", tmp_path / "film.json"
+    image.write_bytes(b"no image")
+    given = ["--prompt", "x", "--image", str(image), "--save-workflow", str(file)]
+    assert cli.main(["generate", "--preset", "pony", *given, "--out", str(tmp_path / "a.mp4")]) == 2
+    assert "a.png is not a readable image" in capsys.readouterr().err and not file.exists()
+
+
+@pytest.mark.usefixtures("cached_pony")
 def test_loras_are_loaded_in_turn_with_their_strengths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

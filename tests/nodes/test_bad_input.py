@@ -708,6 +708,7 @@ SOUNDS = {
     "infinite": (torch.full((1, 2, 9000), math.inf), "not finite"),
     "no samples": (torch.zeros(1, 2, 0), "no samples"),
     "no channels": (torch.zeros(1, 0, 9000), "no samples"),
+    "nine channels": (torch.zeros(1, 9, 9000), "9"),
 }
 
 

@@ -84,9 +84,13 @@ def test_decode_gives_the_pictures_of_stock_nodes_and_the_unchanged_sound(vaes: 
 
 def test_a_batch_is_decoded_one_film_after_the_other(vaes: dict[str, Any]) -> None:
     images, audio, _ = HappyHorseDecode.execute(film_latent(2), **vaes).result
-    assert images.shape == (50, 64, 96, 3) and audio["waveform"].shape == (2, 2, SAMPLES)
+    assert images.shape == (50, 64, 96, 3) and audio["waveform"].shape == (1, 2, 2 * SAMPLES)
+    second = {"samples": NestedTensor([stream[1:] for stream in film_latent(2)["samples"].unbind()])}
+    alone = HappyHorseDecode.execute(second, **vaes).result[1]["waveform"]
+    torch.testing.assert_close(audio["waveform"][..., SAMPLES:], alone, atol=1e-4, rtol=0)
     _, given, _ = HappyHorseDecode.execute(film_latent(2), **vaes, audio=tone(0.5, 44100)).result
-    assert given["waveform"].shape == (2, 2, SAMPLES)
+    first, again = given["waveform"].chunk(2, dim=-1)
+    assert torch.equal(first, again) and first.any()
     with pytest.raises(ValueError, match=r"latent: one VIDEO .* batch of 2; connect HappyHorse Decode"):
         HappyHorseDecodeVideo.execute(film_latent(2), **vaes)
 

@@ -13,7 +13,9 @@ from torch import Tensor
 import nodes as stock  # the host's
 from happyhorse.model.audio_vae import encode_driving_audio, to_film_rate
 from happyhorse.model.checkpoint import load, open_checkpoint
+from happyhorse.model.geometry import FilmShape
 from happyhorse.model.video_vae import denormalize_latents, normalize_latents
+from happyhorse.nodes.inputs import encode_sound
 from happyhorse.nodes.vae import load_audio_vae, load_video_vae
 
 pytestmark = pytest.mark.host
@@ -208,6 +210,26 @@ def test_stock_audio_encoding_is_the_cores(channels: int, vaes: dict[str, Any], 
     torch.testing.assert_close(driving.transpose(1, 2), wanted, atol=1e-6, rtol=0)
     tiled = vaes["audio"].encode_tiled(sound.movedim(1, -1), tile_x=4096, overlap=512)
     assert torch.equal(tiled, latent["samples"])
+
+
+def test_the_audio_vae_never_rounds_to_tf32(vaes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, seen = vaes["audio"], []
+    for name in ("encode", "decode"):
+        work = getattr(vae.first_stage_model, name)
+
+        def noting(*given: Any, work: Any = work, **more: Any) -> torch.Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return work(*given, **more)
+
+        monkeypatch.setattr(vae.first_stage_model, name, noting)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    sound, latents = random(1, 51200, 2) * 0.1, random(1, 64, 26)
+    vae.decode(latents)
+    vae.decode_tiled_1d(latents.transpose(1, 2))
+    vae.encode(sound)
+    vae.encode_tiled_1d(sound.movedim(-1, 1))
+    encode_sound(vae, {"waveform": sound.movedim(-1, 1), "sample_rate": 51200}, FilmShape(64, 32, 25))
+    assert seen == [False] * 5 and torch.backends.cudnn.allow_tf32
 
 
 def test_sound_without_memory_goes_on_in_smaller_pieces(

@@ -18,13 +18,14 @@ import conftest  # noqa: F401  makes this process a host
 import torch
 
 from happyhorse.model.geometry import FilmShape
+from happyhorse.nodes.audio_vae import load_audio_vae
 from happyhorse.nodes.decoder import HappyHorseDecodeVideo
 from happyhorse.nodes.latent import HappyHorseEmptyLatent
 from happyhorse.nodes.model import load_model
 from happyhorse.nodes.prompt import HappyHorseTextEncode
 from happyhorse.nodes.sampler import HappyHorseSampler
 from happyhorse.nodes.text_encoder import load_clip
-from happyhorse.nodes.vae import load_audio_vae, load_video_vae
+from happyhorse.nodes.vae import load_video_vae
 from happyhorse.pony import write_pony
 from happyhorse.sampler.parts import Parts, default_vae_dtype, open_part
 from happyhorse.sampler.pipeline import FilmRequest, generate, write_film

@@ -20,7 +20,8 @@ from ..model.audio_vae import ENCODE_RATE, encode_driving_audio
 from ..model.finite import check_finite
 from ..model.geometry import FPS, FilmShape
 from ..sampler.pipeline import READ_SECONDS, driving_audio
-from .vae import AudioVAEObject, VideoVAEObject, full_float32
+from .audio_vae import AudioVAEObject, full_float32
+from .vae import VideoVAEObject
 
 log = logging.getLogger(__name__)
 VIDEO_CHANNELS = 48

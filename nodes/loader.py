@@ -5,10 +5,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import files
+from .audio_vae import load_audio_vae
 from .model import WEIGHT_DTYPES, load_model
 from .text_encoder import WEIGHT_DTYPES as TEXT_DTYPES
 from .text_encoder import load_clip
-from .vae import load_audio_vae, load_video_vae
+from .vae import load_video_vae
 
 CATEGORY = "HappyHorse/load"
 VARIANTS = ("auto", "base", "distill", "540p_sr", "1080p_sr")

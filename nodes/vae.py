@@ -1,7 +1,7 @@
-"""The VAEs as the host's VAE objects, for our nodes and for every stock node that takes a VAE.
+"""The video VAEs as the host's VAE objects, for our nodes and for every stock node that takes a VAE.
 
-Latents are raw here: video (B, 48, T, H, W) as the Wan2.2 VAE makes them, not normalised, audio (B, 64, A).
-Letters: B batch, T latent frames, H/W latent rows and columns, A audio latents, F pixel frames, N samples.
+Latents are raw here, (B, 48, T, H, W) as the Wan2.2 VAE makes them, not normalised.
+Letters: B batch, T latent frames, H/W latent rows and columns, F pixel frames.
 """
 
 import logging
@@ -19,11 +19,10 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..model.audio_vae import ENCODE_RATE, AudioVAE, to_film_rate
 from ..model.checkpoint import Checkpoint, load, open_checkpoint
 from ..model.config import Config
 from ..model.finite import check_finite
-from ..model.geometry import FILM_RATE, PIXELS_PER_LATENT, SIZE_STEP, FilmShape
+from ..model.geometry import PIXELS_PER_LATENT, SIZE_STEP, FilmShape
 from ..model.video_decoder import VideoDecoder
 from ..model.video_vae import PATCH, FrameCache, VideoVAE, normalize_latents, patchify
 from ..sampler.activations import SMALL_TENSORS, activations
@@ -33,7 +32,6 @@ WEIGHT_DTYPES = {"default": None, "float32": torch.float32, "bfloat16": torch.bf
 WORKING_DTYPES = [torch.bfloat16, torch.float32]
 FRAMES_PER_LATENT = 4
 CURE = "check the weights, or load the VAE with weight_dtype float32"
-LEAST_CHUNK = 32  # audio latents worked on at once where memory has run out
 
 
 class FilmDecoding:
@@ -102,7 +100,6 @@ class HostVideoDecoder(FilmDecoding, VideoDecoder):
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "video_vae": HostVideoVAE,
     "video_decoder": HostVideoDecoder,
-    "audio_vae": AudioVAE,
 }
 
 
@@ -247,94 +244,6 @@ class VideoVAEObject(CheckedVAE):
             )
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Keep convolutions in float32 from rounding what they multiply to 11 bits, as GPUs do by default."""
-    cudnn = torch.backends.cudnn
-    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before
-
-
-class AudioVAEObject(CheckedVAE):
-    """The audio VAE as a VAE of the host: latents (B, 64, A), sound in at 51200 Hz, out at 44100 Hz.
-
-    `first_stage_model` is the core's network with latents (B, A, 64). It always works in pieces that add up
-    to the whole, so tiles are not needed and change nothing.
-    """
-
-    def __init__(self, module: AudioVAE, dtype: torch.dtype, patcher: Callable[..., Any]) -> None:
-        super().__init__(module, dtype, patcher)
-        config = module.config
-        self.latent_channels, self.output_channels = config.latent_dim, config.io_channels
-        self.latent_dim, self.disable_offload = 1, True
-        self.upscale_ratio = self.downscale_ratio = config.samples_per_latent
-        self.crop_input, self.pad_channel_value = False, "replicate"
-        self.audio_sample_rate, self.audio_sample_rate_output = ENCODE_RATE, FILM_RATE
-        self.process_input = self.process_output = lambda sound: sound
-        self.working_dtypes = [torch.float32]
-        self.format_encoded = lambda latents: latents.transpose(1, 2).contiguous()
-        self.memory_used_decode = lambda shape, dtype: _sound_bytes(config, shape[1], dtype, self.device)
-        self.memory_used_encode = lambda shape, dtype: _sound_bytes(
-            config, math.ceil(shape[2] / config.samples_per_latent), dtype, self.device
-        )
-
-    @full_float32()
-    def decode(self, samples_in: Tensor, vae_options: dict[str, Any] = {}) -> Tensor:  # noqa: ARG002, B006
-        """Return the sound (B, N, 2) at 44100 Hz of latents (B, 64, A)."""
-        self.check_latents(samples_in)
-        sound = to_film_rate(super().decode(samples_in.transpose(1, 2)).movedim(-1, 1))
-        check_finite({"sound": sound}, "decoding the sound", "check the weights")
-        return sound.movedim(1, -1)
-
-    def vae_output_dtype(self) -> torch.dtype:
-        """Always float32: the resampling works in it, and sound of 11 bits would be heard."""
-        return torch.float32
-
-    def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
-        """The same as `decode`."""
-        return self.decode(samples)
-
-    @full_float32()
-    def decode_tiled_1d(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
-        """What the host calls where memory has run out: smaller pieces."""
-        samples = samples.to(self.device, self.vae_dtype)
-        return self.first_stage_model.decode(samples, chunk=LEAST_CHUNK).to(self.output_device)
-
-    @full_float32()
-    def encode(self, pixel_samples: Tensor) -> Tensor:
-        """Return latents (B, 64, A) of sound (B, N, C) at 51200 Hz."""
-        return super().encode(pixel_samples)
-
-    def encode_tiled(self, pixel_samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
-        """The same as `encode`."""
-        return self.encode(pixel_samples)
-
-    @full_float32()
-    def encode_tiled_1d(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
-        """What the host calls where memory has run out: smaller pieces."""
-        samples = samples.to(self.device, self.vae_dtype)
-        return self.first_stage_model.encode(samples, chunk=LEAST_CHUNK).to(self.output_device)
-
-    def check_latents(self, samples: Tensor) -> None:
-        """Raise ValueError for latents that are not (B, 64, A)."""
-        if samples.ndim != 3 or samples.shape[1] != self.latent_channels or 0 in samples.shape:
-            raise ValueError(
-                f"samples: this VAE decodes audio latents (batch, {self.latent_channels}, length), "
-                f"got {tuple(samples.shape)}; connect the latent of a HappyHorse film"
-            )
-
-    def check_input(self, pixels: Tensor) -> None:
-        """Raise ValueError for what is not sound (B, N, C) of at least one latent."""
-        if pixels.ndim != 3 or pixels.shape[1] < self.downscale_ratio or 0 in pixels.shape:
-            raise ValueError(
-                f"audio: this VAE encodes sound (batch, samples, channels) of {self.downscale_ratio} "
-                f"samples or more at {ENCODE_RATE} Hz, got {tuple(pixels.shape)}; connect a longer AUDIO"
-            )
-
-
 def pixel_frames(latent_frames: int) -> int:
     """Frames of so many latent frames."""
     return max(0, FRAMES_PER_LATENT * latent_frames - FRAMES_PER_LATENT + 1)
@@ -379,11 +288,6 @@ def _film(height: int, width: int, frames: int) -> FilmShape:
     return FilmShape(width, height, pixel_frames(max(1, frames)))
 
 
-def _sound_bytes(config: Config, latents: int, dtype: torch.dtype, device: torch.device) -> float:
-    shape = FilmShape(SIZE_STEP, SIZE_STEP, max(1, latents))
-    return SMALL_TENSORS * activations("audio_vae", config, shape, dtype, device)
-
-
 @contextmanager
 def _without_warning() -> Iterator[None]:
     def keep(record: logging.LogRecord) -> bool:
@@ -407,17 +311,6 @@ def load_video_vae(path: Path, dtype_name: str = "default") -> VideoVAEObject:
     return vae
 
 
-def load_audio_vae(path: Path) -> AudioVAEObject:
-    """Load the audio VAE as a VAE of the host, always in float32; raises as `load_video_vae` does."""
-    vae = AudioVAEObject(
-        _load(open_checkpoint(path, "audio_vae"), torch.float32),
-        torch.float32,
-        comfy.model_patcher.ModelPatcher,
-    )
-    vae.patcher.cached_patcher_init = (_audio_patcher, (path,))
-    return vae
-
-
 def _load_video_vae(path: Path, dtype_name: str, disable_dynamic: bool = False) -> VideoVAEObject:
     checkpoint = open_checkpoint(path)
     if checkpoint.part not in ("video_vae", "video_decoder"):
@@ -428,18 +321,15 @@ def _load_video_vae(path: Path, dtype_name: str, disable_dynamic: bool = False) 
     dtype = WEIGHT_DTYPES[dtype_name] or comfy.model_management.vae_dtype(device, WORKING_DTYPES)
     patchers = comfy.model_patcher
     patcher = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
-    return VideoVAEObject(_load(checkpoint, dtype), dtype, patcher)
+    return VideoVAEObject(load_network(checkpoint, dtype, NETWORKS[checkpoint.part]), dtype, patcher)
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+def load_network(checkpoint: Checkpoint, dtype: torch.dtype, network: Callable[..., nn.Module]) -> nn.Module:
+    """Load the network of a VAE with the host's layers, with a progress bar."""
     bar = comfy.utils.ProgressBar(len(checkpoint.names))
-    network = partial(NETWORKS[checkpoint.part], operations=operations())
+    network = partial(network, operations=operations())
     return load(checkpoint, dtype, progress=bar.update_absolute, network=network)
 
 
 def _video_patcher(path: Path, dtype_name: str, disable_dynamic: bool = False) -> Any:
     return _load_video_vae(path, dtype_name, disable_dynamic).patcher
-
-
-def _audio_patcher(path: Path, disable_dynamic: bool = False) -> Any:  # noqa: ARG001
-    return load_audio_vae(path).patcher

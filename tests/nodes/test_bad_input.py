@@ -16,11 +16,12 @@ from host import Client, Prompt
 from safetensors.torch import load_file, safe_open, save_file
 
 from happyhorse.nodes import decoder, latent, prompt, sampler, super_resolution
+from happyhorse.nodes.audio_vae import load_audio_vae
 from happyhorse.nodes.latents import film_latent
 from happyhorse.nodes.model import load_model
 from happyhorse.nodes.sampling import CoreSampler
 from happyhorse.nodes.text_encoder import load_clip
-from happyhorse.nodes.vae import load_audio_vae, load_video_vae
+from happyhorse.nodes.vae import load_video_vae
 
 SEEDS = itertools.count(1000)
 TRACES = (

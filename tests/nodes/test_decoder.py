@@ -19,8 +19,9 @@ from happyhorse.media import read_audio, read_film_metadata
 from happyhorse.model.geometry import FilmShape
 from happyhorse.model.packing import Latents
 from happyhorse.model.video_vae import denormalize_latents, normalize_latents
+from happyhorse.nodes.audio_vae import load_audio_vae
 from happyhorse.nodes.decoder import HappyHorseDecode, HappyHorseDecodeVideo
-from happyhorse.nodes.vae import VideoVAEObject, load_audio_vae, load_video_vae
+from happyhorse.nodes.vae import VideoVAEObject, load_video_vae
 from happyhorse.sampler.parts import Parts, open_part
 from happyhorse.sampler.pipeline import FilmLatents, write_film
 

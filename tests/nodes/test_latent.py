@@ -31,6 +31,7 @@ from happyhorse.model.geometry import FilmShape
 from happyhorse.model.packing import LATENTS_FORMAT
 from happyhorse.model.video_vae import denormalize_latents
 from happyhorse.nodes import latent, latent_files
+from happyhorse.nodes.audio_vae import load_audio_vae
 from happyhorse.nodes.inputs import encode_film, film_frames, fit_frames, picture
 from happyhorse.nodes.latent import (
     AS_GIVEN,
@@ -43,7 +44,7 @@ from happyhorse.nodes.latent import (
 )
 from happyhorse.nodes.latent_files import HappyHorseLoadLatent, HappyHorseSaveLatent
 from happyhorse.nodes.latents import masks, shape_of, start_audio, streams
-from happyhorse.nodes.vae import load_audio_vae, load_video_vae
+from happyhorse.nodes.vae import load_video_vae
 from happyhorse.sampler.noise import FilmNoise
 from happyhorse.sampler.pipeline import driving_audio, film_sound
 

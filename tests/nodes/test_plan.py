@@ -13,11 +13,12 @@ from happyhorse.model.checkpoint import load, open_checkpoint
 from happyhorse.model.geometry import FilmShape
 from happyhorse.model.prompt import TEXT_LIMIT
 from happyhorse.nodes import plan, prompt
+from happyhorse.nodes.audio_vae import load_audio_vae
 from happyhorse.nodes.latent import HappyHorseEmptyLatent
 from happyhorse.nodes.model import load_model
 from happyhorse.nodes.plan import HappyHorseMemoryPlan, Load, model_load
 from happyhorse.nodes.text_encoder import load_clip
-from happyhorse.nodes.vae import load_audio_vae, load_video_vae
+from happyhorse.nodes.vae import load_video_vae
 from happyhorse.sampler.activations import SMALL_TENSORS, transformer_activations
 
 pytestmark = pytest.mark.host

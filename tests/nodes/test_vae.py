@@ -15,8 +15,9 @@ from happyhorse.model.audio_vae import encode_driving_audio, to_film_rate
 from happyhorse.model.checkpoint import load, open_checkpoint
 from happyhorse.model.geometry import FilmShape
 from happyhorse.model.video_vae import denormalize_latents, normalize_latents
+from happyhorse.nodes.audio_vae import load_audio_vae
 from happyhorse.nodes.inputs import encode_sound
-from happyhorse.nodes.vae import load_audio_vae, load_video_vae
+from happyhorse.nodes.vae import load_video_vae
 
 pytestmark = pytest.mark.host
 VIDEO_PARTS = {"wan": "wan22_vae.safetensors", "turbo": "turbo_vae"}

@@ -44,7 +44,7 @@ from .options import parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
 from .sampler.pipeline import FilmRequest, generate, with_sound, with_steps_down, write_film
 from .sampler.placement import is_out_of_memory
-from .sampler.plan import GB, Plan, plan_film, require_fit, room_on, works_in_ram
+from .sampler.plan import GB, Plan, check_vram, plan_film, require_fit, room_on
 from .sampler.stages import RECIPES
 from .save_workflow import save_workflow
 from .train_cli import run_train, run_train_pony
@@ -102,10 +102,7 @@ def _generate(options: argparse.Namespace) -> None:
     preset = PRESETS[options.preset]
     request = _request(options, preset)
     device = options.device or default_device()
-    if options.vram is not None and works_in_ram(device):
-        raise ValueError(
-            f"--vram: the device {str(device)!r} works in RAM and has none; limit its memory with --ram"
-        )
+    check_vram(device, options.vram)
     _check_output("--out", options.out, ".mp4")
     if options.save_latents:
         _check_output("--save-latents", options.save_latents, ".safetensors")

@@ -23,7 +23,7 @@ from .options import sentence
 from .sampler.activations import TEXT_TOKENS
 from .sampler.parts import default_vae_dtype, needed_parts, open_part
 from .sampler.placement import OFFLOADS
-from .sampler.plan import GB, RESERVE, Plan, Room, SizedPart, plan_film, room_on, table
+from .sampler.plan import GB, RESERVE, Plan, Room, SizedPart, plan_film, room_on, table, works_in_ram
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "av", "numpy", "pillow", "einops")
 VARIANT, DECODER = "distill", "turbo"  # what `generate` takes by default
@@ -101,7 +101,7 @@ def doctor(options: argparse.Namespace) -> int:
 def _planned_device(options: argparse.Namespace) -> torch.device:
     """The device asked for; with VRAM to plan for, an accelerator even where there is none."""
     device = options.device or default_device()
-    return torch.device("cuda") if options.vram is not None and device.type == "cpu" else device
+    return torch.device("cuda") if options.vram is not None and works_in_ram(device) else device
 
 
 def part_path(options: argparse.Namespace, name: str, folder: Path) -> Path:

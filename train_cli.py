@@ -17,7 +17,7 @@ from .model.stream_writer import check_target
 from .options import PONY_STAGES
 from .sampler.parts import open_part
 from .sampler.placement import is_out_of_memory
-from .sampler.plan import room_on, works_in_ram
+from .sampler.plan import check_vram, room_on
 from .sampler.stages import RECIPES
 
 if TYPE_CHECKING:
@@ -85,10 +85,7 @@ def _train(
     from .training.lora_run import TITLE, prepare_lora, train_lora
 
     device = _chosen_device(options)
-    if options.vram is not None and works_in_ram(device):
-        raise ValueError(
-            f"--vram: the device {str(device)!r} works in RAM and has none; limit its memory with --ram"
-        )
+    check_vram(device, options.vram)
     room = room_on(device, options.vram, options.ram)
     with bars() as shown:
         stage = prepare_lora(job, checkpoints, device, compute_dtype(options, device), room, shown.progress)

@@ -196,6 +196,14 @@ def works_in_ram(device: torch.device) -> bool:
     return device.type in ("cpu", "mps")
 
 
+def check_vram(device: torch.device, vram: float | None) -> None:
+    """Raise ValueError where GB of VRAM are given for a device that has none."""
+    if vram is not None and works_in_ram(device):
+        raise ValueError(
+            f"--vram: the device {str(device)!r} works in RAM and has none; limit its memory with --ram"
+        )
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that a film may use on `device`."""
     module = None if works_in_ram(device) else torch.get_device_module(device)

@@ -1,6 +1,7 @@
 """The command line: `happyhorse generate`, `inspect`, `doctor`, `convert`, `lora` and `train`."""
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -38,7 +39,7 @@ from .model.geometry import (
 from .model.lora import LoraPatch, bytes_at_use, patches
 from .model.lora_formats import open_lora
 from .model.packing import LATENTS_FORMAT
-from .model.stream_writer import write_tensors
+from .model.stream_writer import check_target, write_tensors
 from .model.weight_files import IN_FOLDERS
 from .options import parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("gguf").setLevel(logging.WARNING)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name in other letters must not make a failure of a film
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = None
     try:
         options = parser(_generate, _inspect, doctor, _convert, _lora, _train).parse_args(arguments)
@@ -109,6 +112,12 @@ def _generate(options: argparse.Namespace) -> None:
     if options.save_workflow:
         _check_output("--save-workflow", options.save_workflow, ".json")
     checkpoints = _open_parts(options, models_folder(options))
+    given = [options.image, options.audio, *(lora.path for lora in options.lora)]
+    files = [path for path in given if path is not None and path.is_file()]
+    sources = [*files, *(part.path for part in checkpoints.values())]
+    for target in filter(None, (options.out, options.save_latents, options.save_workflow)):
+        check_target(target, sources, overwrite=True)
+    _warn_of_idle(options)
     changes = _patches(options, checkpoints["transformer"])
     dtype = compute_dtype(options, device)
     attend = attention_backend(options.attention, device, dtype)
@@ -204,6 +213,23 @@ def _smaller(
         smallest = replace(small, audio_latents=audio_latents(MIN_SECONDS))
         without = " without --sr" if large else ""
         yield f"--size {width}x{height} --seconds {MIN_SECONDS:g}{without}", plan(smallest, None)
+
+
+def _warn_of_idle(options: argparse.Namespace) -> None:
+    """Tell of options that change nothing beside the others."""
+    guided = RECIPES[options.variant].guided
+    idle = {
+        "--negative": options.negative and not guided and f"{options.variant} never sees it",
+        "--sr-model": options.path_super_resolution and not options.sr and "--sr is not given",
+        "--vae": options.path_video_vae and options.decoder != "wan" and not options.image
+        and "neither --image nor --decoder wan is given",
+        "--turbo-vae": options.path_turbo and options.decoder != "turbo" and "--decoder is wan",
+        "--audio-mode": options.audio_mode != "hold" and not options.audio and "--audio is not given",
+        "--audio-encoding": options.audio_encoding != "mean" and not options.audio and "--audio is not given",
+    }  # fmt: skip
+    for option, why in idle.items():
+        if why:
+            log.warning("%s changes nothing: %s", option, why)
 
 
 def _check_output(option: str, path: Path, suffix: str) -> None:

@@ -23,7 +23,18 @@ from .options import sentence
 from .sampler.activations import TEXT_TOKENS
 from .sampler.parts import default_vae_dtype, needed_parts, open_part
 from .sampler.placement import OFFLOADS
-from .sampler.plan import GB, RESERVE, Plan, Room, SizedPart, plan_film, room_on, table, works_in_ram
+from .sampler.plan import (
+    GB,
+    RESERVE,
+    Plan,
+    Room,
+    SizedPart,
+    check_vram,
+    plan_film,
+    room_on,
+    table,
+    works_in_ram,
+)
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "av", "numpy", "pillow", "einops")
 VARIANT, DECODER = "distill", "turbo"  # what `generate` takes by default
@@ -101,6 +112,8 @@ def doctor(options: argparse.Namespace) -> int:
 def _planned_device(options: argparse.Namespace) -> torch.device:
     """The device asked for; with VRAM to plan for, an accelerator even where there is none."""
     device = options.device or default_device()
+    if options.device is not None:
+        check_vram(device, options.vram)
     return torch.device("cuda") if options.vram is not None and works_in_ram(device) else device
 
 
@@ -155,7 +168,7 @@ class Films:
         self.found, self.device = found, device
         self.preset, self.weights = PRESETS[options.preset], options.weights
         self.decoder = options.decoder
-        self.seconds = options.seconds or self.preset.default_seconds
+        self.seconds = self.preset.default_seconds if options.seconds is None else options.seconds
         self.seconds_asked = options.seconds is not None
         self.dtype = compute_dtype(options, device)
         self._published: dict[tuple[str, str], PublishedPart] = {}
@@ -235,6 +248,19 @@ def _cures(
     """What to ask for instead, nearest first, with the weight format that files must be converted to."""
     if offload != "auto" and films.plan(*films.asked(asked)).place("auto", room):
         yield "--offload auto", None
+    found = list(_smaller(films, asked, room, offload))
+    if not found and offload != "auto":
+        found = [
+            (f"--offload auto with {words}", weights)
+            for words, weights in _smaller(films, asked, room, "auto")
+        ]
+    yield from found
+
+
+def _smaller(
+    films: Films, asked: str | tuple[int, int], room: Room, offload: str
+) -> Iterator[tuple[str, str | None]]:
+    """What fits of other sizes and formats, in one way of offloading."""
     names = list(NAMED_SIZES)
     smaller = names[: names.index(asked)][::-1] if isinstance(asked, str) else names[:1]
     kept = f" --seconds {films.seconds:g}" if films.seconds_asked else ""

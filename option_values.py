@@ -178,6 +178,6 @@ def parse_device(text: str) -> torch.device:
         device = torch.device(text)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).splitlines()[0].partition(". ")[0]  # what follows may be a page long
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({first}); try cpu") from error
     return device

@@ -106,7 +106,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--audio-mode",
         choices=AUDIO_MODES,
         default="hold",
-        help="hold keeps the sound and puts it into the film; start only begins from it",
+        help="hold keeps the sound and puts it into the film; start only begins from it (default: hold)",
     )
     parser.add_argument(
         "--audio-encoding",
@@ -122,10 +122,19 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--size", type=parse_size, metavar="WIDTHxHEIGHT", help="multiples of 32")
-    size.add_argument("--aspect", choices=tuple(PRESETS["magihuman"].sizes))
-    parser.add_argument("--seed", type=parse_seed, default=42)
+    size.add_argument(
+        "--aspect", choices=tuple(PRESETS["magihuman"].sizes), help="the preset's size of this aspect"
+    )
+    parser.add_argument(
+        "--seed", type=parse_seed, default=42, help="draws the noise; another is another film (default: 42)"
+    )
     parser.add_argument("--steps", type=parse_steps, help="default: the variant's own number")
-    parser.add_argument("--variant", choices=("base", "distill"), default="distill")
+    parser.add_argument(
+        "--variant",
+        choices=("base", "distill"),
+        default="distill",
+        help="distill: 8 steps; base: 32 with guidance, of two passes each (default: distill)",
+    )
     parser.add_argument("--sr", choices=("540p", "1080p"), help="super-resolution")
     parser.add_argument(
         "--decoder", choices=("turbo", "wan"), default="turbo", help="which network makes the pixels"
@@ -157,7 +166,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile the transformers' layers with torch.compile: minutes at first, faster steps after",
     )
-    parser.add_argument("--out", type=Path, default=Path("happyhorse.mp4"), help="the film (.mp4)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("happyhorse.mp4"),
+        help="the film (.mp4; default: happyhorse.mp4); a file that is there is replaced, as by the next two",
+    )
     parser.add_argument(
         "--save-latents",
         type=Path,
@@ -362,6 +376,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     lora.add_argument("--seconds", type=float, help="of each clip, from its start (default: as for generate)")
     lora.add_argument("--batch", type=parse_count, default=1, help="clips computed at once (default: 1)")
     lora.add_argument("--accumulation", type=parse_count, default=1, help="batches of an update (default: 1)")
+    lora.add_argument(
+        "--save-every",
+        type=parse_updates,
+        default=0,
+        metavar="STEPS",
+        help="after so many updates each the LoRA is also written as it is then, as OUT-000500 (default: "
+        "only at the end)",
+    )
     lora.add_argument("--seed", type=parse_seed, help="default: 0")
     lora.add_argument(
         "--negative", type=parse_text, help="the negative prompt of your films (default: the preset's)"

@@ -1,6 +1,7 @@
 """`happyhorse train`: a LoRA from a folder of clips, or the pony."""
 
 import argparse
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -64,8 +65,22 @@ def run_train_pony(options: argparse.Namespace) -> None:
 
     device = _chosen_device(options)
     dtype = DTYPES[options.dtype] if options.dtype else fast_dtype(device)
+    for option, folder in (("--runs", options.runs), ("--out", options.out or FOLDER)):
+        _check_folder(option, folder)
     recipe = Recipe(options.runs, options.out or FOLDER, device.type, options.compile, dtype)
     recipe.run(options.stages or PONY_STAGES)
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    """Make it, now and not after hours of training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{option}: the folder {folder} cannot be made ({error.strerror}); give another"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{option}: the folder {folder} cannot be written to; give another")
 
 
 def _chosen_device(options: argparse.Namespace) -> torch.device:
@@ -126,6 +141,7 @@ def _job(options: argparse.Namespace, transformer: Checkpoint) -> "LoraJob":
         options.data, options.out, options.resume or default_run_folder(options.out),
         FilmShape.from_seconds(*size, seconds), LoraSettings(**given),
         options.negative or preset.negative_prompt, options.batch, options.accumulation, options.resident,
+        options.save_every, "another folder (--resume)",
     )  # fmt: skip
 
 

@@ -84,16 +84,16 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
     if name not in PACKAGES:
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name!r}")
     package, command, full = PACKAGES[name]
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"attention {name!r} computes in bfloat16 on a GPU, not in "
+            f"{str(dtype).removeprefix('torch.')} on {device.type}; choose sdpa"
+        )
     if find_spec(package) is None:
         there = ", ".join(["sdpa", *(other for other in PACKAGES if find_spec(PACKAGES[other][0]))])
         raise ValueError(
             f"attention {name!r} needs the package {package}, which is not installed; install it "
             f"({command}), or choose what is there: {there}"
-        )
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"attention {name!r} computes in bfloat16 on a GPU, not in "
-            f"{str(dtype).removeprefix('torch.')} on {device.type}; choose sdpa"
         )
     try:
         # torch.compile goes around it, as not all versions of the packages let themselves be traced

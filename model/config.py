@@ -169,7 +169,7 @@ class Preset:
     audio_vae: AudioVAEConfig
     sizes: Mapping[str, tuple[int, int]]
     other_sizes: str | None
-    words: frozenset[str] | None
+    words: tuple[str, ...] | None
     default_aspect: str
     default_seconds: float
     pixels_1080p: int
@@ -289,7 +289,7 @@ PONY = Preset(
         "4:3": (128, 96), "3:4": (96, 128), "21:9": (224, 96),
     },
     other_sizes="the pony was trained at 96x96 only; at another size its films may show nothing",
-    words=frozenset(_PONY_WORDS.split()),
+    words=tuple(_PONY_WORDS.split()),
     default_aspect="1:1",
     default_seconds=2.0,
     pixels_1080p=288 * 288,

@@ -126,6 +126,8 @@ class HappyHorseTrainLora(io.ComfyNode):
                                tooltip="What is computed in. default: bfloat16, on a CPU float32.", **hidden),
                 whole("resident", -1, -1, 1000, "So many layers stay on the device, the others come from "
                       "RAM; -1: as many as fit.", **hidden),
+                whole("save_every", 0, 0, 1_000_000, "After so many updates each the LoRA is also written "
+                      "as it is then, as my_lora-000500; 0: only at the end.", **hidden),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The connected model with the LoRA."),
@@ -162,7 +164,7 @@ class HappyHorseTrainLora(io.ComfyNode):
         height: int, seconds: float, steps: int, learning_rate: float, rank: int, seed: int,
         model: Any = None, batch_size: int = 1, accumulation: int = 1, alpha: float = 0.0, blocks: str = "",
         parts: str = "all", video: bool = True, audio: bool = True, text: bool = True, shared: bool = True,
-        weight_dtype: str = "default", resident: int = -1,
+        weight_dtype: str = "default", resident: int = -1, save_every: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
         LoraJob, LoraSettings = _trainer()
         if problem := _folder_problem(folder):
@@ -182,7 +184,7 @@ class HappyHorseTrainLora(io.ComfyNode):
             _clips(folder), out, Path(folder_paths.get_output_directory(), RUNS, name),
             FilmShape.from_seconds(width, height, seconds), settings,
             negative_prompt(transformer.variant, transformer.config), batch_size, accumulation,
-            None if resident < 0 else resident, "another name",
+            None if resident < 0 else resident, save_every, "another name",
         )  # fmt: skip
         files_now = cls.fingerprint_inputs(folder, base, text_encoder, vae, audio_vae)
         made_of = json.dumps([job.told, accumulation, str(dtype), files_now])

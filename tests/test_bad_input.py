@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -533,6 +535,49 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+INPUTS = {
+    "the sound": (["--audio", "GIVEN/film.mp4", "--out", "GIVEN/film.mp4"], "film.mp4 is the source itself"),
+    "the model": (
+        ["--model", "GIVEN/distill/model.safetensors", "--save-latents", "GIVEN/distill/model.safetensors"],
+        "model.safetensors is the source itself",
+    ),
+    "a file beside its weights": (
+        ["--model", "GIVEN/distill", "--save-latents", "GIVEN/distill/latents.safetensors"],
+        "latents.safetensors lies in the source folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(INPUTS))
+def test_what_a_film_is_made_of_is_never_replaced(
+    generate: Generate, tmp_path: Path, pony_folder: Path, case: str
+) -> None:
+    shutil.copytree(pony_folder / "distill", tmp_path / "distill")
+    assert generate("--out", tmp_path / "film.mp4").code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    options, words = INPUTS[case]
+    generate(*(option.replace("GIVEN", str(tmp_path)) for option in options)).assert_refused(words)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_options_that_change_nothing_are_told(
+    generate: Generate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    absent = tmp_path / "absent"
+    outcome = generate("--negative", "x", "--sr-model", absent, "--vae", absent, "--audio-mode", "start")
+    assert outcome.code == 0
+    for words in (
+        "--negative changes nothing: distill never sees it",
+        "--sr-model changes nothing: --sr is not given",
+        "--vae changes nothing: neither --image nor --decoder wan is given",
+        "--audio-mode changes nothing: --audio is not given",
+    ):
+        assert words in caplog.text
+    caplog.clear()
+    assert generate("--variant", "base", "--negative", "x").code == 0
+    assert "changes nothing" not in caplog.text
+
+
 @pytest.mark.parametrize("num_bytes", [0, 2000])
 def test_a_disk_that_is_full_is_told_and_no_half_film_stays(generate: Generate, num_bytes: int) -> None:
     with disk_of(num_bytes):
@@ -619,6 +664,15 @@ def test_a_real_process_says_one_sentence_too(
     done = subprocess.run(command(pony_folder, *options), cwd=out, capture_output=True, text=True, timeout=60)
     Outcome(done.returncode, done.stderr, out).assert_refused(*words)
     assert not done.stdout and done.stderr.count("\n") == 1 and not (tmp_path / "attacked").exists()
+
+
+def test_a_console_without_the_letters_of_a_name_is_no_failure(pony_folder: Path, out: Path) -> None:
+    options = ["--size", "32x32", "--seconds", "0.2", "--steps", "1", "--out", "\u9a6c.mp4"]
+    done = subprocess.run(
+        command(pony_folder, *options), cwd=out, capture_output=True, timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )  # fmt: skip
+    assert done.returncode == 0 and b"\\u9a6c.mp4" in done.stdout and (out / "\u9a6c.mp4").exists()
 
 
 def test_ctrl_c_ends_a_film_within_two_seconds_and_leaves_nothing(pony_folder: Path, out: Path) -> None:

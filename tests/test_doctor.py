@@ -181,6 +181,25 @@ def test_options_that_make_no_sense_are_one_sentence(
     assert exit_info.value.code == 2 and words in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--size", "256p", "--seconds", "0"), "seconds must be"),
+     (("--device", "cpu", "--vram", "12"), "--vram: the device 'cpu' works in RAM")],
+)  # fmt: skip
+def test_what_generate_refuses_is_refused_here_too(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: Lines, words: str
+) -> None:
+    assert cli.main(["doctor", "--models", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_what_would_fit_in_another_way_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("--size", "1080p", "--vram", "8", "--ram", "32", "--offload", "none")
+    lines = doctor(capsys, tmp_path, *options, code=1)
+    assert any(line.startswith("does not fit; what would: --offload auto with files in") for line in lines)
+
+
 @pytest.mark.parametrize("device", [[], ["--device", "cpu"]], ids=["default", "named"])
 def test_vram_of_a_cpu_is_refused_for_a_film(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: Lines

@@ -1,5 +1,8 @@
 """The files of the miniature."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,15 @@ def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path) -> None:
 def test_all_parts_have_no_more_than_24_megabytes() -> None:
     files = [path for path in FOLDER.rglob("*.safetensors") if path != FOLDER / FILES["1080p_sr"]]
     assert len(files) == len(FILES) - 1 and sum(path.stat().st_size for path in files) < 24e6
+
+
+def test_every_process_finds_the_same_copy() -> None:
+    code = "from happyhorse import pony; print(pony.version())"
+    found = {
+        subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
 
 
 def test_parts_are_stored_in_the_dtypes_of_the_published_ones(pony_folder: Path) -> None:

@@ -126,14 +126,39 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_lora(
         assert run(clips, out, pony_folder, "--resume", folder) == 130
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.endswith(f"saved at step 2; run the same command to go on ({folder})") and not out.exists()
-    with monkeypatch.context() as patched:
-        patched.setattr("happyhorse.training.lora_run.prepare_clips", None)  # it is told before dear work
-        message = refused(capsys, clips, out, pony_folder, "--resume", folder, "--rate", "0.1")
-    assert "was trained with rate 0.0002 (now 0.1)" in message
+    more = tmp_path / "more"
+    shutil.copytree(clips, more)
+    for suffix in (".mp4", ".txt"):
+        shutil.copy(clips / f"0{suffix}", more / f"2{suffix}")
+    others = {
+        "rate 0.0002 (now 0.1)": (clips, "--rate", "0.1"),
+        "accumulation 1 (now 2)": (clips, "--accumulation", "2"),
+        "dtype torch.float32 (now torch.bfloat16)": (clips, "--dtype", "bfloat16"),
+        "another file of the base, negative": (clips, "--variant", "distill"),
+        "other clips, captions, batches or encoders": (more,),
+    }
+    for message, (data, *options) in others.items():
+        with monkeypatch.context() as patched:
+            patched.setattr("happyhorse.training.clips._encode_clips", None)  # it is told before dear work
+            said = refused(capsys, data, out, pony_folder, "--resume", folder, *options)
+        assert message in said and "or another folder (--resume), or delete it" in said, message
     assert run(clips, out, pony_folder, "--resume", folder) == 0
     expected, got = load_file(trained), load_file(out)
     assert expected.keys() == got.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_the_lora_is_also_written_as_it_is_on_the_way(
+    clips: Path, pony_folder: Path, trained: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "my.lora.safetensors"
+    assert run(clips, out, pony_folder, "--save-every", "1") == 0
+    found = [load_file(tmp_path / f"my.lora{part}.safetensors") for part in ("-000001", "-000002", "")]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    expected = load_file(trained)
+    assert all(torch.equal(found[-1][name], expected[name]) for name in expected)
+    assert all(part.keys() == expected.keys() for part in found)
+    assert any(not torch.equal(found[0][name], found[1][name]) for name in expected)
 
 
 def test_a_run_whose_log_was_deleted_when_it_was_done_is_still_written(

@@ -4,7 +4,8 @@ Letters: F pixel frames, H height, W width, N samples.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 ENLARGED = 1.5  # times; clips that must be enlarged more are told
 SHORT_SOUND = 0.25  # seconds; clips whose sound ends so much before are told
 EARLY = 0.25 / FPS  # a picture may come so many seconds after its time, as time stamps are rounded
+INEXACT = 0.5  # seconds by which a file may err about its length
 HDR = (16, 18)  # FFmpeg's numbers of PQ and HLG
 
 
@@ -33,27 +35,11 @@ def read_clip(path: Path, shape: FilmShape) -> tuple[Tensor, Tensor]:
     ValueError naming a clip that is damaged, shorter than the shape, or without picture or sound; warns of
     one that is far smaller, or HDR.
     """
-    try:
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
-            videos, sounds = container.streams.video, container.streams.audio
-            if not videos:
-                raise ValueError(f"{path} has no picture; take it out of the folder")
-            if not sounds:
-                raise ValueError(
-                    f"{path} has no sound stream; add one (silence, if it is a silent film), or take it out"
-                )
-            late = _start(sounds[0]) - _start(videos[0])
-            frames, found = _frames(container, videos[0], shape, path)
-    except av.error.FFmpegError as error:
-        reason = error.strerror or error
-        raise ValueError(
-            f"{path} cannot be read ({reason}); export it again, or take it out of the folder"
-        ) from error
+    with _opened(path) as (container, video, audio):
+        late = _start(audio) - _start(video)
+        frames, found = _frames(container, video, shape, path)
     if len(frames) < shape.pixel_frames:
-        raise ValueError(
-            f"{path} is too short: it lasts {found:.2f} s, and {shape.seconds:.2f} s are needed; give a "
-            "longer clip, or train with fewer seconds"
-        )
+        raise _too_short(path, found, shape)
     samples = shape.audio_latents * ENCODE_RATE // FPS
     sound = read_audio(path, ENCODE_RATE, 2, samples / ENCODE_RATE + max(0.0, -late))
     shift = round(late * ENCODE_RATE)
@@ -66,6 +52,46 @@ def read_clip(path: Path, shape: FilmShape) -> tuple[Tensor, Tensor]:
             "is as long as its picture", path, missing, shape.seconds,
         )  # fmt: skip
     return torch.stack(frames, dim=2), F.pad(sound, (0, samples - sound.shape[1]))
+
+
+def check_clip(path: Path, shape: FilmShape) -> None:
+    """Raise as `read_clip`, but for what the beginning of the file tells without its pictures."""
+    with _opened(path) as (container, video, _):
+        if video.duration is not None:
+            length = float(video.duration * video.time_base)
+        elif container.duration is not None:
+            length = container.duration / av.time_base
+        else:
+            return
+    if 0 < length < shape.seconds - INEXACT:
+        raise _too_short(path, length, shape)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, av.AudioStream]]:
+    """A clip with its picture and its sound."""
+    try:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
+            videos, sounds = container.streams.video, container.streams.audio
+            if not videos:
+                raise ValueError(f"{path} has no picture; take it out of the folder")
+            if not sounds:
+                raise ValueError(
+                    f"{path} has no sound stream; add one (silence, if it is a silent film), or take it out"
+                )
+            yield container, videos[0], sounds[0]
+    except av.error.FFmpegError as error:
+        reason = error.strerror or error
+        raise ValueError(
+            f"{path} cannot be read ({reason}); export it again, or take it out of the folder"
+        ) from error
+
+
+def _too_short(path: Path, length: float, shape: FilmShape) -> ValueError:
+    return ValueError(
+        f"{path} is too short: it lasts {length:.2f} s, and {shape.seconds:.2f} s are needed; give a "
+        "longer clip, or train with fewer seconds"
+    )
 
 
 def _start(stream: av.stream.Stream) -> float:

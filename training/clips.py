@@ -7,11 +7,11 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +28,18 @@ from ..model.stream_writer import write_tensors
 from ..model.weight_files import files_of
 from ..sampler.parts import Parts, Progress, default_vae_dtype, part_dtype
 from ..sampler.placement import Placement
-from .clip_reader import read_clip
+from .clip_reader import check_clip, read_clip
 from .files import naming, read_tensors
 from .flow import Batch
 from .generators import generator
 
 log = logging.getLogger(__name__)
 CAPTIONS = "captions.jsonl"
+SHOWN = 5  # of what is wrong with the clips
 SAMPLES = 512  # pieces of a checkpoint that tell it from another
 ROLES = ("text_encoder", "video_vae", "audio_vae")
 
+T, R = TypeVar("T"), TypeVar("R")
 # use(role) is a context that gives a network, ready on its device, and the hook that runs its layers
 Use = Callable[[str], AbstractContextManager[tuple[nn.Module, RunBlock]]]
 
@@ -71,7 +73,28 @@ def find_clips(folder: Path) -> list[Clip]:
         )
     listed = folder / CAPTIONS
     captions = _listed_captions(listed, {_composed(path.name) for path in paths}) if listed.exists() else {}
-    return [Clip(path, _caption(path, captions.get(_composed(path.name)))) for path in paths]
+    stems = {_composed(path.stem) for path in paths}
+    texts = sorted(path.name for path in folder.glob("[!.]*.txt") if _composed(path.stem) not in stems)
+    if texts:
+        log.warning(
+            "%d texts in %s belong to no clip, the first is %s; only %s are looked for",
+            len(texts), folder, texts[0], ", ".join(FILMS),
+        )  # fmt: skip
+    return _all(lambda path: Clip(path, _caption(path, captions.get(_composed(path.name)))), paths)
+
+
+def _all(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """The results for all items, or one ValueError of what is wrong with the first of them."""
+    results, problems = [], []
+    for item in items:
+        try:
+            results.append(function(item))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more are like these"] if len(problems) > SHOWN else []
+        raise ValueError("; ".join([*problems[:SHOWN], *more]))
+    return results
 
 
 def _composed(name: str) -> str:
@@ -143,8 +166,7 @@ class ClipData:
     @property
     def fingerprint(self) -> str:
         """Changes with the clips, the captions, the negative prompt, what encoded them, and the order."""
-        names = [[path.name for path in paths] for paths in (self.latents, self.texts)]
-        return _digest([*names, self.negative_name, self.batch_size, self.seed])
+        return _fingerprint([*self.latents], [*self.texts], self.negative_name, self.batch_size, self.seed)
 
     def batch(self, index: int) -> Batch:
         """Batch number `index` of the run, read from the cache."""
@@ -162,6 +184,13 @@ class ClipData:
         texts = [read_tensors(self.texts[clip])[0]["text"].float() for clip in chosen]
         clean = Latents(*(torch.cat([film[stream] for film in films]) for stream in ("video", "audio")))
         return Batch(clean, torch.cat(texts))
+
+
+def _fingerprint(
+    latents: list[Path], texts: list[Path], negative_name: str, batch_size: int, seed: int
+) -> str:
+    names = [[path.name for path in paths] for paths in (latents, texts)]
+    return _digest([*names, negative_name, batch_size, seed])
 
 
 @dataclass(frozen=True)
@@ -206,11 +235,13 @@ def prepare_clips(
     progress: Progress,
     batch_size: int = 1,
     seed: int = 0,
+    check: Callable[[str], None] = lambda fingerprint: None,  # noqa: ARG005
 ) -> ClipData:
     """Encode what is not in `cache` yet, and return the data.
 
     Files of the cache are named after the contents of clip or caption, the size and length, and the
     networks' files and dtypes, so that nothing old is taken. Networks are let go of when all is encoded.
+    `check` gets the fingerprint that the data will have, and may raise, before any of that work.
     Raises as `find_clips` and `read_clip`, and OSError where the cache cannot be written.
     """
     clips = find_clips(folder)
@@ -223,6 +254,7 @@ def prepare_clips(
     ]
     vaes = [names["video_vae"], names["audio_vae"]]
     latents = [cache / f"clip-{_digest([_content(clip.path), size, vaes])}.safetensors" for clip in clips]
+    check(_fingerprint(latents, texts[:-1], texts[-1].name, batch_size, seed))
     _encode_clips(clips, latents, shape, encoders, device, progress)  # first, as what is wrong is wrong here
     _encode_texts(clips, negative, texts, encoders, progress)
     lengths = tuple(read_tensors(path)[0]["text"].shape[1] for path in texts[:-1])
@@ -269,6 +301,7 @@ def _encode_clips(
     missing = {path: clip for path, clip in zip(paths, clips, strict=True) if not path.exists()}
     if not missing:
         return
+    _all(lambda clip: check_clip(clip.path, shape), missing.values())  # all of them before hours of work
     progress("clips", 0, len(missing))
     with (
         torch.no_grad(),

@@ -31,6 +31,8 @@ CHECKSUMS = {
     "base_checksum": "another base",
 }
 
+STOPPING = b"\nfinishing this step, then saving; once more stops at once, and loses what is not saved\n"
+
 OnStep = Callable[[int, int, dict[str, float]], None]  # steps done, of how many, figures of the last one
 
 
@@ -73,7 +75,8 @@ def train(
     """Train until `steps` steps are done, going on from the checkpoint in `folder` if there is one.
 
     Returns the figures of all steps, each with its number as "step". `on_step` may raise to interrupt. Then
-    and after Ctrl-C, the step that was begun is finished and saved before the exception goes on. Raises
+    and after Ctrl-C (or SIGTERM, SIGHUP), the step that was begun is finished and saved before the exception
+    goes on. Raises
     ValueError for a checkpoint that is damaged or of other settings, for figures that are not finite, and
     where another run is at work in `folder`; `elsewhere` is what the messages tell to give for a new run.
     """
@@ -214,7 +217,10 @@ def alone_in(folder: Path, title: str, elsewhere: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupt_between_steps() -> Iterator[threading.Event]:
-    """Let Ctrl-C set the event that is yielded instead of tearing a step apart; the second one does that."""
+    """Let Ctrl-C, or who ends the process, set the event that is yielded instead of tearing a step apart.
+
+    The second one does that.
+    """
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted  # signals go to the main thread
@@ -224,12 +230,18 @@ def _interrupt_between_steps() -> Iterator[threading.Event]:
         if interrupted.is_set():
             raise KeyboardInterrupt
         interrupted.set()
+        with contextlib.suppress(OSError):
+            os.write(2, STOPPING)  # a step may take minutes; print and logging are not safe in a handler
 
-    before = signal.signal(signal.SIGINT, note)
+    ends = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # which Windows does not have
+    # what is ignored, as nohup has it, stays so
+    handled = [signal.SIGINT, *(number for number in ends if signal.getsignal(number) is signal.SIG_DFL)]
+    before = {number: signal.signal(number, note) for number in handled}
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _read(path: Path, elsewhere: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar
@@ -64,10 +65,13 @@ class LoraSettings:
     weights: ClassVar[LossWeights] = LossWeights()
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"the rank of a LoRA must be at least 1, got {self.rank}")
-        if self.alpha < 0:
+        for name in ("steps", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"the {name} of a LoRA must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.alpha < inf:
             raise ValueError(f"alpha must be positive, or 0 for the rank, got {self.alpha:g}")
+        if not 0 < self.rate < inf:
+            raise ValueError(f"the rate of a LoRA must be positive, got {self.rate:g}")
         for name, given, known in (("parts", self.parts, PARTS), ("copies", self.copies, COPIES)):
             if not given or set(given) - set(known):
                 raise ValueError(f"{name} of a LoRA must be some of {', '.join(known)}, got {list(given)}")
@@ -279,7 +283,7 @@ class LoraStage:
         return {
             "stage": "lora",
             **asdict(self.settings),
-            "batches": self.accelerator.gradient_accumulation_steps,
+            "accumulation": self.accelerator.gradient_accumulation_steps,
             "base": self.base,
             "base_file": self.identity,
             "dtype": str(self.networks.transformer.compute_dtype),
@@ -338,15 +342,10 @@ class LoraStage:
         return tensors
 
     def _metadata(self) -> dict[str, str]:
-        told = ("steps", "rank", "blocks", "rate", "seed", "shift")
-        return {
-            "format": "pt",
-            "family": FAMILY,
-            "base": self.base,
-            "alpha": f"{self.settings.alpha or self.settings.rank:g}",
-            **{name: f"{getattr(self.settings, name)}" for name in told},
-            **{name: ", ".join(getattr(self.settings, name)) for name in ("parts", "copies")},
-        }
+        told = {name: value for name, value in self.fingerprint.items() if name not in ("stage", "data")}
+        told |= {name: ", ".join(told[name]) for name in ("parts", "copies")}
+        told |= {"alpha": f"{self.settings.alpha or self.settings.rank:g}", "shift": self.settings.shift}
+        return {"format": "pt", "family": FAMILY, **{name: str(value) for name, value in told.items()}}
 
     def close(self) -> None:
         """Take hooks and streaming off the transformer, and let go of it and of what was trained."""

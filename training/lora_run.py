@@ -30,7 +30,8 @@ class LoraJob:
     `clips` is the folder of clips with their captions; `folder` that of the run, which keeps the encoded
     clips, the log and the plot of the loss, and the checkpoint until the LoRA is written; messages tell to
     give `elsewhere` in its place. An update is made of `batches` batches of `batch` clips. `resident` layers
-    stay on the device, None being as many as fit.
+    stay on the device, None being as many as fit. After every `save_every` updates the LoRA is also written
+    as it is then, as OUT-000500 for `out` OUT; 0: only at the end.
     """
 
     clips: Path
@@ -42,6 +43,7 @@ class LoraJob:
     batch: int = 1
     batches: int = 1
     resident: int | None = None
+    save_every: int = 0
     elsewhere: str = "another folder"
 
     @property
@@ -89,13 +91,17 @@ def prepare_lora(
     def loading(done: int, total: int) -> None:
         progress(f"loading the {transformer.label}", done, total)
 
+    identity = file_identity(transformer.path)
+    told = {**job.told, "accumulation": job.batches, "base_file": identity, "dtype": str(dtype)}
+
+    def check(data: str) -> None:
+        check_settings(job.folder, {**told, "data": data}, job.elsewhere)
+
     with alone_in(job.folder, TITLE, job.elsewhere):
-        check_settings(job.folder, job.told, job.elsewhere)
         data = prepare_clips(
             job.clips, job.folder / "cache", job.shape, encoders, job.negative, device, progress, job.batch,
-            job.settings.seed,
+            job.settings.seed, check,
         )  # fmt: skip
-        identity = file_identity(transformer.path)
         module = load(transformer, dtype, device, resident, loading)
     return LoraStage(
         module,
@@ -142,8 +148,15 @@ def train_lora(job: LoraJob, stage: LoraStage, on_step: OnStep | None = None) ->
 
     Returns the figures of all steps. The checkpoint is deleted once the LoRA is there. Raises as `train`.
     """
+
+    def after_step(done: int, steps: int, figures: dict[str, float]) -> None:
+        if job.save_every and done % job.save_every == 0 and done < steps:
+            stage.save(job.out.with_stem(f"{job.out.stem}-{done:06}"))
+        if on_step:
+            on_step(done, steps, figures)
+
     figures = train(
-        stage, job.folder, job.settings.steps, on_step=on_step, title=TITLE, elsewhere=job.elsewhere
+        stage, job.folder, job.settings.steps, on_step=after_step, title=TITLE, elsewhere=job.elsewhere
     )
     stage.save(job.out)
     (job.folder / CHECKPOINT).unlink(missing_ok=True)

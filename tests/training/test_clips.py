@@ -24,7 +24,7 @@ from happyhorse.model.geometry import FILM_RATE, FilmShape
 from happyhorse.model.prompt import encode_prompt
 from happyhorse.model.run_block import RunBlock
 from happyhorse.sampler.parts import open_part
-from happyhorse.training.clip_reader import _frames, read_clip
+from happyhorse.training.clip_reader import _frames, check_clip, read_clip
 from happyhorse.training.clips import (
     ClipData,
     Encoders,
@@ -129,6 +129,38 @@ def test_what_is_wrong_with_captions_is_said_with_its_place(
         (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         find_clips(tmp_path)
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path: Path, encoders: Encoders) -> None:
+    names = [*"abcdefg"]
+    for name in names:
+        (tmp_path / f"{name}.mp4").touch()
+    with pytest.raises(
+        ValueError, match=r"a\.mp4 has no caption.*; .*b\.mp4 has.*e\.mp4 has.*; and 2 more are like"
+    ):
+        find_clips(tmp_path)
+    folder = write_folder(tmp_path / "clips", dict.fromkeys("abc", "a red circle"))
+    write_clip(folder / "b.mp4", sound=False)
+    (folder / "c.mp4").write_bytes(b"no film")
+    with pytest.raises(ValueError, match=r"b\.mp4 has no sound stream.*; .*c\.mp4 cannot be read"):
+        prepared(folder, encoders)
+    assert not list((folder / "cache").iterdir())
+
+
+def test_the_file_tells_of_a_clip_that_is_far_too_short(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4", seconds=0.6)
+    check_clip(clip, SHAPE)
+    check_clip(clip, FilmShape(64, 32, 21))  # 0.84 s: a file may err so far
+    with pytest.raises(ValueError, match=r"a\.mp4 is too short: it lasts 0\.60 s, and 1\.96 s are needed"):
+        check_clip(clip, FilmShape(64, 32, 49))
+
+
+def test_captions_of_no_clip_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.mp4").touch()
+    for name in ("a.txt", "b.txt", "c.txt", "._a.txt"):
+        (tmp_path / name).write_text("a red circle", encoding="utf-8")
+    assert [clip.path.name for clip in find_clips(tmp_path)] == ["a.mp4"]
+    assert "2 texts in" in caplog.text and "belong to no clip, the first is b.txt; only .mp4" in caplog.text
 
 
 def test_a_caption_in_another_encoding_and_a_missing_folder_are_named(tmp_path: Path) -> None:
@@ -401,7 +433,7 @@ def test_a_stop_leaves_only_whole_files_and_the_next_start_goes_on(
     tmp_path: Path, encoders: Encoders
 ) -> None:
     folder = write_folder(tmp_path / "clips", {"a": "a", "b": "b"})
-    (folder / "b.mp4").write_bytes(b"damaged")
+    write_clip(folder / "b.mp4", seconds=0.2)  # too short, which its pictures tell
     with pytest.raises(ValueError, match=r"b\.mp4"):
         prepared(folder, encoders)
     names = sorted(path.name.partition("-")[0] for path in (folder / "cache").iterdir())

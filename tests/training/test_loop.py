@@ -173,23 +173,31 @@ def test_on_step_hears_of_every_step_of_this_run(tmp_path: Path) -> None:
     assert heard[-1][2] == {name: value for name, value in figures[-1].items() if name != "step"}
 
 
-def interrupting(number: int, times: int) -> Callable[[int], float]:
+def interrupting(number: int, times: int, by: int = signal.SIGINT) -> Callable[[int], float]:
     def before_step(step: int) -> float:
         for _ in range(times if step == number else 0):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(by)
         return 0.0
 
     return before_step
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_waits_for_the_end_of_the_step_and_saves(
-    whole: tuple[SmallStage, list[dict[str, float]], Path], tmp_path: Path
-) -> None:
-    before, stage = signal.getsignal(signal.SIGINT), SmallStage()
-    stage.before_step = interrupting(4, times=1)
-    with pytest.raises(KeyboardInterrupt, match="A small net is saved at step 5"):
-        train(stage, tmp_path / "parts", STEPS, title=TITLE)
-    assert signal.getsignal(signal.SIGINT) is before
+    whole: tuple[SmallStage, list[dict[str, float]], Path], tmp_path: Path, name: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    number = getattr(signal, name, signal.SIGTERM)
+    default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before, stage = signal.signal(number, default), SmallStage()
+    stage.before_step = interrupting(4, times=1, by=number)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="A small net is saved at step 5"):
+            train(stage, tmp_path / "parts", STEPS, title=TITLE)
+        assert signal.getsignal(number) is default
+    finally:
+        signal.signal(number, before)
+    assert "finishing this step, then saving; once more stops at once" in capfd.readouterr().err
     resumed = SmallStage()
     assert train(resumed, tmp_path / "parts", STEPS, title=TITLE) == whole[1]
     assert equal(resumed.state_dict(), whole[0].state_dict())
@@ -202,6 +210,16 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_no_half_step(tmp_path: Path) ->
         train(stage, tmp_path, STEPS, title=TITLE)
     assert signal.getsignal(signal.SIGINT) is before
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    before, stage = signal.signal(signal.SIGHUP, signal.SIG_IGN), SmallStage()
+    stage.before_step = interrupting(4, times=1, by=signal.SIGHUP)
+    try:
+        assert len(train(stage, tmp_path, STEPS, title=TITLE)) == STEPS
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_training_works_in_a_thread_which_gets_no_signals(tmp_path: Path) -> None:

@@ -38,7 +38,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 @pytest.mark.parametrize("asked", [[], ["base", "measure"], ["--compile"]])
-def test_stages_are_asked_for_on_the_command_line(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_are_asked_for_on_the_command_line(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     ran = []
     monkeypatch.setattr(Recipe, "run", lambda recipe, stages: ran.append((recipe.compiled, *stages)))
     assert cli.main(["train", "pony", "--device", "cpu", *asked]) == 0
@@ -56,8 +59,9 @@ def test_stages_are_asked_for_on_the_command_line(asked: list[str], monkeypatch:
     ],
 )
 def test_a_cpu_that_is_quick_with_bfloat16_computes_in_it(
-    asked: list[str], fast: bool, want: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    asked: list[str], fast: bool, want: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     ran = []
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast}, raising=False)
     monkeypatch.setattr(Recipe, "run", lambda recipe, _: ran.append(recipe.dtype))
@@ -69,6 +73,19 @@ def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "pony", "bass"])
     assert "'bass' is no stage, they are audio_vae, video_vae" in capsys.readouterr().err
+
+
+def test_what_would_end_a_run_after_hours_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for option in ("--runs", "--out"):
+        folders = {"--runs": tmp_path / "runs", "--out": tmp_path / "pony", option: tmp_path / "file"}
+        words = [str(word) for pair in folders.items() for word in pair]
+        assert cli.main(["train", "pony", "--device", "cpu", *words, "audio_vae"]) == 2
+        assert f"{option}: the folder {tmp_path / 'file'} cannot be made" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="run `happyhorse train pony audio_vae` first"):
+        Recipe(tmp_path / "runs", tmp_path / "pony").run(["base"])
 
 
 def test_the_trained_pony_is_measured(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

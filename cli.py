@@ -40,7 +40,6 @@ from .model.lora import LoraPatch, bytes_at_use, patches
 from .model.lora_formats import open_lora
 from .model.packing import LATENTS_FORMAT
 from .model.stream_writer import check_target, write_tensors
-from .model.weight_files import IN_FOLDERS
 from .options import parser, sentence
 from .sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
 from .sampler.pipeline import FilmRequest, generate, with_sound, with_steps_down, write_film
@@ -296,22 +295,13 @@ class Bars:
 
 def _inspect(options: argparse.Namespace) -> None:
     failures = []
-    for path in chain.from_iterable(map(_parts_in, options.files)):
+    for path in chain.from_iterable(map(catalog.parts_in, options.files)):
         try:
             sys.stdout.write(f"{describe(path)}\n")
         except (ValueError, OSError) as error:
             failures.append(sentence(error))
     if failures:
         raise ValueError("; ".join(failures))
-
-
-def _parts_in(path: Path) -> list[Path]:
-    """The parts in a folder of models, else the path itself."""
-    if path.is_file() or any(path.glob("*.index.json")):
-        return [path]
-    found = list(dict.fromkeys(chain.from_iterable(catalog.look(name, path) for name in catalog.SOURCES)))
-    alone = any(file.suffix in IN_FOLDERS for file in path.glob("*"))
-    return found if len(found) > 1 or (found and not alone) else [path]
 
 
 def _convert(options: argparse.Namespace) -> None:

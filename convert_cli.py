@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from . import __version__
+from .model.catalog import parts_in
 from .model.checkpoint import open_checkpoint
 from .model.convert import WeightError, convert, velocity_error
 from .model.stream_writer import check_target
@@ -17,6 +18,9 @@ def run_convert(options: argparse.Namespace, progress: Callable[[str, int, int],
     """Convert as the options say and return what to tell of it, one line per layer; raises ValueError or
     OSError.
     """
+    if len(parts := parts_in(options.source)) > 1:
+        names = ", ".join(part.name for part in parts)
+        raise ValueError(f"{options.source} is a folder of models; give one of those in it: {names}")
     source = open_checkpoint(options.source, variant=options.variant)
     if options.check and source.part != "transformer":
         part = source.part.replace("_", " ")

@@ -1,7 +1,10 @@
 """Where the published files come from, and by which names they are found in one folder of models."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+
+from .weight_files import IN_FOLDERS
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ SOURCES = {
 def look(part: str, folder: Path) -> list[Path]:
     """What may be `part` in `folder`, the likeliest first."""
     return [path for pattern in SOURCES[part].patterns for path in sorted(folder.glob(pattern))]
+
+
+def parts_in(path: Path) -> list[Path]:
+    """The parts in a folder of models, else the path itself."""
+    if path.is_file() or any(path.glob("*.index.json")):
+        return [path]
+    found = list(dict.fromkeys(chain.from_iterable(look(name, path) for name in SOURCES)))
+    alone = any(file.suffix in IN_FOLDERS for file in path.glob("*"))
+    return found if len(found) > 1 or (found and not alone) else [path]
 
 
 def find(part: str, folder: Path) -> Path:

@@ -454,6 +454,10 @@ REFUSED = {
     "no such format": (["distill", "x.gguf", "--to", "q3_k"], ["--to", "'q3_k'", "bf16", "q4_0"]),
     "no format": (["distill", "x.gguf"], ["required", "--to"]),
     "no such source": (["absent", "x.gguf", "--to", "q8_0"], ["absent does not exist", "give a"]),
+    "a folder of models": (
+        [".", "x.safetensors", "--to", "bf16"],
+        ["is a folder of models; give one of those in it: distill, text_encoder, wan22"],
+    ),
     "no such folder": (
         ["distill", "absent/x.gguf", "--to", "q8_0"],
         ["the folder", "absent does not exist; create it"],

@@ -3,7 +3,9 @@
 # ruff: noqa: RUF001 (full-width punctuation belongs to the languages tried)
 
 import dataclasses
+import json
 import unicodedata
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ from happyhorse.model.structured_prompt import (
     warnings_for,
 )
 
+PACK = Path(__file__).parents[2]
 FILLER = "The light is soft and even and falls on his calm face from the left side. "  # 15 words
 SAID = 'He says calmly, "Guten Morgen, wie geht\'s?" '
 BODY = (SAID + FILLER * 10).strip()  # 157 words
@@ -340,3 +343,15 @@ def test_headings_in_the_wrong_place_are_warned_about(body: str, sound: str, nam
 def test_hostile_text_takes_no_time() -> None:
     for text in ("camera " * 3000, "no " * 5000 + "walks", '"' * 5000, "你" * 5000, "a, " * 5000 + ": x"):
         warnings_for(text, [GREETING])
+
+
+def test_the_example_is_the_prompt_of_the_workflow() -> None:
+    graph = json.loads((PACK / "workflows" / "text_to_film.json").read_text(encoding="utf-8"))
+    body, dialogue, sound = next(
+        node["widgets_values"] for node in graph["nodes"] if node["type"] == "HappyHorsePrompt"
+    )
+    lines = parse_dialogue(dialogue)
+    assert warnings_for(body, lines, sound) == []
+    assert (PACK / "docs" / "prompt.txt").read_text(encoding="utf-8").rstrip() == build_prompt(
+        body, lines, sound
+    )

@@ -152,21 +152,17 @@ def _text(path: Path) -> str:
 class ClipData:
     """Clips ready for training, a `flow.Data`: their files in the cache, and the negative prompt's states.
 
-    A batch holds clips whose captions have one length; every epoch shuffles them anew.
+    A batch holds clips whose captions have one length; every epoch shuffles them anew. `fingerprint` changes
+    with the clips, the captions, the negative prompt, what encoded them, and the order.
     """
 
     latents: tuple[Path, ...]
     texts: tuple[Path, ...]
     lengths: tuple[int, ...]  # tokens of each caption
     negative: Tensor
-    negative_name: str  # of its file
     batch_size: int
     seed: int
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the clips, the captions, the negative prompt, what encoded them, and the order."""
-        return _fingerprint([*self.latents], [*self.texts], self.negative_name, self.batch_size, self.seed)
+    fingerprint: str
 
     def batch(self, index: int) -> Batch:
         """Batch number `index` of the run, read from the cache."""
@@ -184,13 +180,6 @@ class ClipData:
         texts = [read_tensors(self.texts[clip])[0]["text"].float() for clip in chosen]
         clean = Latents(*(torch.cat([film[stream] for film in films]) for stream in ("video", "audio")))
         return Batch(clean, torch.cat(texts))
-
-
-def _fingerprint(
-    latents: list[Path], texts: list[Path], negative_name: str, batch_size: int, seed: int
-) -> str:
-    names = [[path.name for path in paths] for paths in (latents, texts)]
-    return _digest([*names, negative_name, batch_size, seed])
 
 
 @dataclass(frozen=True)
@@ -254,7 +243,8 @@ def prepare_clips(
     ]
     vaes = [names["video_vae"], names["audio_vae"]]
     latents = [cache / f"clip-{_digest([_content(clip.path), size, vaes])}.safetensors" for clip in clips]
-    check(_fingerprint(latents, texts[:-1], texts[-1].name, batch_size, seed))
+    fingerprint = _digest([*([path.name for path in paths] for paths in (latents, texts)), batch_size, seed])
+    check(fingerprint)
     _encode_clips(clips, latents, shape, encoders, device, progress)  # first, as what is wrong is wrong here
     _encode_texts(clips, negative, texts, encoders, progress)
     lengths = tuple(read_tensors(path)[0]["text"].shape[1] for path in texts[:-1])
@@ -266,7 +256,7 @@ def prepare_clips(
             len(clips) / batches, batch_size,
         )  # fmt: skip
     states = read_tensors(texts[-1])[0]["text"].float()
-    return ClipData(tuple(latents), tuple(texts[:-1]), lengths, states, texts[-1].name, batch_size, seed)
+    return ClipData(tuple(latents), tuple(texts[:-1]), lengths, states, batch_size, seed, fingerprint)
 
 
 def _encode_texts(

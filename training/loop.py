@@ -76,9 +76,9 @@ def train(
 
     Returns the figures of all steps, each with its number as "step". `on_step` may raise to interrupt. Then
     and after Ctrl-C (or SIGTERM, SIGHUP), the step that was begun is finished and saved before the exception
-    goes on. Raises
-    ValueError for a checkpoint that is damaged or of other settings, for figures that are not finite, and
-    where another run is at work in `folder`; `elsewhere` is what the messages tell to give for a new run.
+    goes on. Raises ValueError for a checkpoint that is damaged or of other settings, for figures that are not
+    finite, and where another run is at work in `folder`; `elsewhere` is what the messages tell to give for a
+    new run.
     """
     with alone_in(folder, title, elsewhere):
         run = _Run(stage, folder, title, elsewhere)

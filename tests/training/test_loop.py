@@ -212,14 +212,13 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_no_half_step(tmp_path: Path) ->
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
-    before, stage = signal.signal(signal.SIGHUP, signal.SIG_IGN), SmallStage()
-    stage.before_step = interrupting(4, times=1, by=signal.SIGHUP)
+    before, stage = signal.signal(signal.SIGTERM, signal.SIG_IGN), SmallStage()
+    stage.before_step = interrupting(4, times=1, by=signal.SIGTERM)
     try:
         assert len(train(stage, tmp_path, STEPS, title=TITLE)) == STEPS
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_training_works_in_a_thread_which_gets_no_signals(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
@@ -104,8 +106,10 @@ def build(name: str) -> nn.Module:
     return kinds[name](getattr(PONY, name))
 
 
-def write_part(folder: Path, name: str, module: nn.Module, note: str) -> None:
-    """Write a part under its published names, and what belongs beside it.
+def write_part(
+    folder: Path, name: str, module: nn.Module, note: str, made_with: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write a part under its published names, and what belongs beside it; the header has `made_with`.
 
     In float16; transformers in bfloat16 and float32, base in bfloat16 alone, as published. For its size,
     super-resolution has in float32 only what is no matrix. The same weights give the same bytes. Raises
@@ -124,6 +128,7 @@ def write_part(folder: Path, name: str, module: nn.Module, note: str) -> None:
         prefix + key: tensor.detach().to("cpu", stored[key]) for key, tensor in module.state_dict().items()
     }
     header = {"format": "pt", "config": json.dumps(module.config.to_dict()), "note": note}
+    header["made_with"] = json.dumps(dict(made_with))
     if part == "transformer":
         header["variant"] = name
     path = folder / FILES[name]

@@ -31,7 +31,9 @@ from ..sampler.parts import Parts, default_vae_dtype, needed_parts, open_part
 from ..sampler.pipeline import FilmRequest, film_sound, generate, with_sound, write_film
 from ..sampler.stages import RECIPES, network_of, sample_super_resolution
 from .data.clip import SIZE, make_clip
+from .data.judge import judge_bounce, sync_f1
 from .data.pool import to_video
+from .data.sound import SAMPLE_RATE
 from .data.world import body, caption, heads_in_hats, held_out
 from .evaluate import (
     COUNT,
@@ -249,9 +251,11 @@ def ceiling(
     """The figures of true films that were encoded and decoded, `decoder` None being the VAE's own.
 
     A mode has those that mean something in it: a given sound stays as it is. Beside them, as mode "networks",
-    is how near the decoded frames are: the mean PSNR in dB, and that of the frame number that is worst.
+    is how near the decoded films are: the mean PSNR in dB, that of the frame number that is worst, and for
+    sounds of bounces the F1 of their "onsets" and the true ones.
     """
     ratios: list[list[float]] = []
+    onsets: list[float] = []
 
     @torch.inference_mode()
     def make_film(prompt: Prompt, path: Path) -> None:
@@ -260,8 +264,12 @@ def ceiling(
         frames = frames_to_uint8(decoded.float()).cpu()
         device = next(audio_vae.parameters()).device
         sound = audio_vae.decode(audio_vae.encode(torch.from_numpy(clip.sound)[None].to(device)))[0]
+        sound = sound.float().cpu()
         ratios.append(film_psnr(frames.numpy(), clip.frames))
-        _write(path, frames, sound.float().cpu(), prompt.shape)
+        if clip.onsets:
+            heard = judge_bounce(clip.frames, sound.numpy(), SAMPLE_RATE).onsets
+            onsets.append(sync_f1(clip.onsets, heard))
+        _write(path, frames, sound, prompt.shape)
 
     figures = evaluate(make_film, folder, count, ["image"], size)
     for mode, left_out in (("text", OF_IMAGES), ("audio", (*OF_IMAGES, *OF_SOUNDS))):
@@ -272,7 +280,11 @@ def ceiling(
             for world, found in figures["image"].items()
         }
     by_frame = np.mean(ratios, axis=0)
-    near = {"PSNR": float(by_frame.mean()), "worst frame": float(by_frame.min())}
+    near = {
+        "PSNR": float(by_frame.mean()),
+        "worst frame": float(by_frame.min()),
+        "onsets": float(np.mean(onsets)),
+    }
     return figures | {NETWORKS: {"both": near}}
 
 

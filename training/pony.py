@@ -3,8 +3,9 @@
 `happyhorse train pony` (or `make pony`) runs it. Every stage reads what those before it left.
 """
 
+import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from ..model.config import PONY
 from ..model.prompt import Tokenizer
 from ..model.tiny_tokenizer import tiny_tokenizer
 from ..model.transformer import JointTransformer
+from ..model.weight_files import open_weights
 from ..sampler.parts import open_part
 from ..sampler.plan import room_on
 from .audio_vae import AudioVAEStage, finished
@@ -48,7 +50,8 @@ from .world_data import Encode, WorldData, encode_clips
 
 CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 3, "video_decoder": 13}  # of so many steps, each with falling learning rates
-STAGE_OF = {"text_encoder": "base", "540p_sr": "super_resolution"}  # of the parts that are called otherwise
+STAGE_OF = {"text_encoder": "base", "540p_sr": "super_resolution", "codec": "video_vae"}  # called otherwise
+OF_LATENTS = ("codec", "audio_vae")  # what encodes the clips of the transformers
 
 IMAGE, BEGINNING = 0.4, 6  # a bounce learns to go on from an image by way of longer beginnings
 SOUND = 0.35  # a mouth learns its sound where it is held: with .12 it hardly did in 3000 updates
@@ -98,21 +101,47 @@ class Recipe:
         with progress_bar(name) as on_step:
             train(stage, self.runs / folder, steps, on_step=on_step, title=name)
 
-    def write(self, name: str, module: nn.Module) -> None:
-        """Leave a trained part in the pack."""
-        pony.write_part(self.out, name, module, note="trained on two procedural worlds: docs/pony.md")
+    def write(self, name: str, module: nn.Module, *sources: str) -> None:
+        """Leave a trained part in the pack, with the checksums of what it was trained with."""
+        note = "trained on two procedural worlds: docs/pony.md"
+        pony.write_part(self.out, name, module, note, self.checksums(*sources))
 
     def trained(self, name: str) -> nn.Module:
         """A part that an earlier stage has left, float32 on the CPU; stages move what they train."""
         self.require(name)
         return load(open_checkpoint(self.out / pony.FILES[name]), torch.float32)
 
+    def file(self, name: str) -> Path:
+        """Where the codec or a part is."""
+        return self.runs / CODEC if name == "codec" else self.out / pony.FILES[name]
+
+    def checksums(self, *names: str) -> dict[str, str]:
+        """Those of the files of parts, or of the codec."""
+        return {name: f"{zlib.crc32(self.file(name).read_bytes()):08x}" for name in names}
+
     def require(self, *names: str) -> None:
-        """Raise FileNotFoundError for the first of these parts that no stage has left yet."""
+        """Raise FileNotFoundError for the first of these parts that no stage has left yet.
+
+        Raises ValueError for one that was trained with another network than the one beside it. The codec is
+        looked at where it is among the names; else parts must have been trained with the same one.
+        """
         for name in names:
-            path, stage = self.out / pony.FILES[name], STAGE_OF.get(name, name)
-            if not path.exists():
-                raise FileNotFoundError(f"{path} is missing; run `happyhorse train pony {stage}` first")
+            if not self.file(name).exists():
+                stage = STAGE_OF.get(name, name)
+                raise FileNotFoundError(
+                    f"{self.file(name)} is missing; run `happyhorse train pony {stage}` first"
+                )
+        now = self.checksums("codec") if "codec" in names else {}
+        for name in names:
+            for source, told in made_with(self.file(name)).items():
+                if source not in now:
+                    now |= {source: told} if source == "codec" else self.checksums(source)
+                if told != now[source]:
+                    raise ValueError(
+                        f"{self.file(name)} was trained with another {source.replace('_', ' ')} than "
+                        f"{self.file(source)}; give the folders that it was trained in (--runs, --out), or "
+                        f"run `happyhorse train pony {STAGE_OF.get(name, name)}` again"
+                    )
 
     @cached_property
     def pool(self) -> VideoPool:
@@ -134,43 +163,39 @@ class Recipe:
     def data(self, films: int) -> WorldData:
         """Latents of training clips with their captions, so many films of a world in a batch."""
         encoders = {"video": self.codec.encode, "audio": self.trained("audio_vae").encode}
-        files = {"codec": self.runs / CODEC, "audio VAE": self.out / pony.FILES["audio_vae"]}
-        latents = self._encoded("latents", self.latent_clips, encoders, files)
+        latents = self._encoded("latents", self.latent_clips, encoders, OF_LATENTS)
         self.__dict__.pop("pool", None)  # a gigabyte that is no longer needed
         return WorldData(latents, self.tokenizer, films, self.seed)
 
     def encoded_latents(self) -> Mapping[str, Tensor]:
         """Latents of the first training clips as the VAE encodes them, which blurs what moves."""
         encoders = {"video": self.trained("video_vae").encode, "audio": self.trained("audio_vae").encode}
-        files = {name: self.out / pony.FILES[name] for name in ("video_vae", "audio_vae")}
-        return self._encoded("encoded_latents", self.encoded_clips, encoders, files)
+        return self._encoded("encoded_latents", self.encoded_clips, encoders, ("video_vae", "audio_vae"))
 
     def large_latents(self) -> Tensor:
         """Video latents of the first training clips at twice the size."""
-        encoders, files = {"video": self.codec.encode}, {"codec": self.runs / CODEC}
-        size = (2 * SIZE[0], 2 * SIZE[1])
-        return self._encoded("large_latents", self.large_latent_clips, encoders, files, size)["video"]
+        encoders, size = {"video": self.codec.encode}, (2 * SIZE[0], 2 * SIZE[1])
+        return self._encoded("large_latents", self.large_latent_clips, encoders, ("codec",), size)["video"]
 
     def _encoded(
         self,
         name: str,
         count: int,
         encoders: Mapping[str, Encode],
-        files: Mapping[str, Path],
+        sources: Sequence[str],
         size: tuple[int, int] = SIZE,
     ) -> Mapping[str, Tensor]:
-        made_with = ", ".join(f"{network} {_checksum(path)}" for network, path in files.items())
+        told = ", ".join(f"{source} {found}" for source, found in self.checksums(*sources).items())
         with _bar(name.replace("_", " ")) as progress, torch.inference_mode():
-            return encode_clips(self.runs / f"{name}.safetensors", count, encoders, made_with, size, progress)
+            return encode_clips(self.runs / f"{name}.safetensors", count, encoders, told, size, progress)
 
     @property
     def lora(self) -> Path:
         """The LoRA of a new thing, made for the base as it is now by the settings of now."""
         parts = ("base", "text_encoder", "video_vae", "audio_vae")
         self.require(*parts)
-        files = [_checksum(self.out / pony.FILES[part]) for part in parts]
         learnt = (self.steps["lora"], LORA_BATCH, LORA_RATE, LORA_PARTS, self.seed, self.dtype)
-        told = [*files, self.lora_clips, *learnt]
+        told = [*self.checksums(*parts).values(), self.lora_clips, *learnt]
         return self.runs / f"lora-{zlib.crc32(repr(told).encode()):08x}" / "hat.safetensors"
 
     @property
@@ -196,8 +221,9 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _checksum(path: Path) -> str:
-    return f"{zlib.crc32(path.read_bytes()):08x}"
+def made_with(path: Path) -> dict[str, str]:
+    """The checksums of what a part was trained with, as far as its file tells them."""
+    return json.loads(open_weights(path).metadata.get("made_with", "{}"))
 
 
 @contextmanager
@@ -230,7 +256,7 @@ def train_video_vae(recipe: Recipe) -> None:
         PONY.video_vae, recipe.codec, recipe.pool, recipe.steps["video_vae"], recipe.seed, recipe.device
     )
     recipe.train("video_vae", stage)
-    recipe.write("video_vae", stage.trained())
+    recipe.write("video_vae", stage.trained(), "codec")
 
 
 def train_video_decoder(recipe: Recipe) -> None:
@@ -246,7 +272,7 @@ def train_video_decoder(recipe: Recipe) -> None:
         recipe.compiled,
     )
     recipe.train("video_decoder", stage)
-    recipe.write("video_decoder", stage.trained())
+    recipe.write("video_decoder", stage.trained(), "codec")
 
 
 def train_base(recipe: Recipe) -> None:
@@ -280,13 +306,13 @@ def train_base(recipe: Recipe) -> None:
         recipe.train(name, stage, start)
         stage.ema.copy_to(stage.networks)
         start = checksum(*stage.networks.parameters())
-    recipe.write("base", transformer)
-    recipe.write("text_encoder", text_encoder)
+    recipe.write("base", transformer, *OF_LATENTS)
+    recipe.write("text_encoder", text_encoder, "base")
 
 
 def train_distill(recipe: Recipe) -> None:
     """The few-step student of the base, by DMD-2."""
-    recipe.require("audio_vae", "base", "text_encoder")
+    recipe.require("audio_vae", "base", "text_encoder", "codec")
     base = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.dtype)
     base.load_state_dict(recipe.trained("base").state_dict())
     stage = Dmd2Stage(
@@ -299,7 +325,7 @@ def train_distill(recipe: Recipe) -> None:
         recipe.compiled,
     )
     recipe.train("distill", stage)
-    recipe.write("distill", stage.trained())
+    recipe.write("distill", stage.trained(), *OF_LATENTS, "base", "text_encoder")
 
 
 def train_super_resolution(recipe: Recipe) -> None:
@@ -308,7 +334,7 @@ def train_super_resolution(recipe: Recipe) -> None:
     Half of the small films are as the codec has them, and nearly as the transformers make them; the others
     went through the VAE, as films that users give.
     """
-    recipe.require("audio_vae", "video_vae", "text_encoder")
+    recipe.require("audio_vae", "video_vae", "text_encoder", "codec")
     transformer = JointTransformer(PONY.transformers["540p_sr"], compute_dtype=recipe.dtype)
     initialise(transformer, recipe.seed)
     small, large = recipe.data(recipe.batch // 4), recipe.large_latents()
@@ -328,7 +354,7 @@ def train_super_resolution(recipe: Recipe) -> None:
     )
     recipe.train("super_resolution", stage)
     stage.ema.copy_to(stage.networks)
-    recipe.write("540p_sr", transformer)
+    recipe.write("540p_sr", transformer, *OF_LATENTS, "video_vae", "text_encoder")
 
 
 def train_new_thing(recipe: Recipe) -> None:

@@ -198,10 +198,12 @@ def test_every_format_that_is_read_can_be_converted(
         stored = source.read(own)
         values = stored.dequantize(torch.float32) if isinstance(stored, QuantizedWeight) else stored.float()
         want = values if copied else reference(values, to)
-        # the scales of fp8 are worked out in float32: now and then a value on the edge goes the other way
-        assert relative(stored_values(target, own), want) < (2e-3 if to == "fp8" and not copied else 1e-6), (
-            own
-        )
+        got = stored_values(target, own)
+        if to == "fp8" and not copied:  # its scales are float32: a value in the middle may go the other way
+            nearest = (want - values).abs() + 1e-6 * values.abs()
+            assert bool(((got - values).abs() <= nearest).all()), own
+        else:
+            assert relative(got, want) < 1e-6, own
         assert (errors[own].change == 0) == (
             copied or (to == "bf16" and kind in ("bfloat16", *KINDS[3:5]))
         ), own

@@ -34,9 +34,12 @@ CPU = torch.device("cpu")
 def test_the_ceiling_is_measured_through_the_networks(tmp_path: Path) -> None:
     found = ceiling(Unchanged(), Unchanged(), tmp_path, 2)
     assert found["networks"]["both"]["PSNR"] > 45  # but for rounding
+    assert found["networks"]["both"]["onsets"] == 1
     assert found["image"]["bounce"]["sync"] == found["image"]["bounce"]["kept"] == 1
     assert "kept" not in found["text"]["bounce"] and "pitch" in found["text"]["bounce"]
     assert "shape" in found["audio"]["bounce"] and "pitch" not in found["audio"]["bounce"]
+    silent = ceiling(Unchanged(), Unchanged(0.0), tmp_path, 2)
+    assert silent["networks"]["both"]["onsets"] == 0
     halved = ceiling(Unchanged(0.5), Unchanged(), tmp_path, 2)
     assert halved["networks"]["both"]["PSNR"] < 20
     assert halved["networks"]["both"]["worst frame"] <= halved["networks"]["both"]["PSNR"]

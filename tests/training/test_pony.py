@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from happyhorse import cli, pony
 from happyhorse.model import catalog
 from happyhorse.model.checkpoint import load, open_checkpoint
 from happyhorse.model.config import PONY
 from happyhorse.model.lora_formats import open_lora
+from happyhorse.model.weight_files import open_weights
 from happyhorse.options import PONY_STAGES
 from happyhorse.training import measure
 from happyhorse.training import pony as pony_recipe
@@ -118,6 +120,7 @@ def test_a_missing_lora_is_said_before_anything_is_measured(recipe: Recipe, tmp_
     ("stage", "missing", "needed"),
     [
         ("distill", "text_encoder", "base"),
+        ("distill", "codec", "video_vae"),
         ("super_resolution", "text_encoder", "base"),
         ("lora", "base", "base"),
         ("measure", "540p_sr", "super_resolution"),
@@ -128,10 +131,47 @@ def test_a_stage_names_the_one_that_it_needs(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(recipe.out, out)
-    (out / pony.FILES[missing]).unlink()
+    if missing in pony.FILES:
+        (out / pony.FILES[missing]).unlink()
     with pytest.raises(FileNotFoundError, match=f"run `happyhorse train pony {needed}` first"):
         replace(recipe, out=out, runs=tmp_path / "runs").run([stage])
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "replaced", "again"),
+    [
+        ("distill", "codec", "base"),
+        ("distill", "audio_vae", "base"),
+        ("super_resolution", "codec", "video_vae"),
+        ("lora", "base", "base"),
+        ("measure", "base", "distill"),
+    ],
+)
+def test_parts_that_were_not_trained_together_are_refused(
+    stage: str, replaced: str, again: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    other = replace(recipe, out=tmp_path / "out", runs=tmp_path / "runs")
+    shutil.copytree(recipe.out, other.out)
+    other.runs.mkdir()
+    shutil.copyfile(recipe.file("codec"), other.file("codec"))
+    tensors, header = load_file(other.file(replaced)), open_weights(other.file(replaced)).metadata
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other.file(replaced), header)
+    with pytest.raises(
+        ValueError, match=f"trained with another {replaced.replace('_', ' ')} .* {again}` again"
+    ):
+        other.run([stage])
+
+
+def test_parts_of_two_codecs_are_not_measured_together(recipe: Recipe, tmp_path: Path) -> None:
+    other = replace(recipe, out=tmp_path / "out", runs=tmp_path / "runs")
+    shutil.copytree(recipe.out, other.out)
+    decoder = other.file("video_decoder")
+    save_file(
+        load_file(decoder), decoder, open_weights(decoder).metadata | {"made_with": '{"codec": "another"}'}
+    )
+    with pytest.raises(ValueError, match=r"turbo_vae.* was trained with another codec"):
+        other.run(["measure"])
 
 
 def test_measuring_needs_the_lora_of_the_parts(recipe: Recipe, tmp_path: Path) -> None:

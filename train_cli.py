@@ -42,6 +42,8 @@ def run_train(options: argparse.Namespace, bars: Callable[[], AbstractContextMan
     checkpoints = _open_parts(options)
     check_target(options.out, [part.path for part in checkpoints.values()], options.overwrite)
     job = _job(options, checkpoints["transformer"])
+    for path in job.replaced:
+        check_target(path, [], options.overwrite)
     try:
         return _train(options, job, checkpoints, bars)
     except KeyboardInterrupt as interrupt:
@@ -68,7 +70,11 @@ def run_train_pony(options: argparse.Namespace) -> None:
     for option, folder in (("--runs", options.runs), ("--out", options.out or FOLDER)):
         _check_folder(option, folder)
     recipe = Recipe(options.runs, options.out or FOLDER, device.type, options.compile, dtype)
-    recipe.run(options.stages or PONY_STAGES)
+    try:
+        recipe.run(options.stages or PONY_STAGES)
+    except KeyboardInterrupt as interrupt:
+        done = str(interrupt) or "the stage is not finished"
+        raise KeyboardInterrupt(f"{done}; run the same command to go on ({options.runs})") from interrupt
 
 
 def _check_folder(option: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from happyhorse import pony
 from happyhorse.model.config import PONY
 from happyhorse.model.transformer import JointTransformer
-from happyhorse.training.flow import FlowSettings, FlowStage, LossWeights, initialise
+from happyhorse.training.flow import FlowSettings, FlowStage, initialise
 from happyhorse.training.loop import Stage
 from happyhorse.training.pony import BEGINNING, IMAGE, Recipe
 from happyhorse.training.video_vae import VideoDecoderStage
@@ -51,7 +51,7 @@ def base_stage(recipe: Recipe, dtype: torch.dtype) -> Stage:
     text_encoder = pony.build("text_encoder")
     initialise(transformer, 0)
     initialise(text_encoder, 1)
-    settings = FlowSettings(3000, image=IMAGE, beginning=BEGINNING, weights=LossWeights(first_frame=2.0))
+    settings = FlowSettings(3000, image=IMAGE, beginning=BEGINNING, first_frame=2.0)
     data = recipe.data(recipe.batch)
     return FlowStage(transformer, data, recipe.negative, settings, recipe.accelerator, text_encoder, True)
 

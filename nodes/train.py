@@ -9,6 +9,7 @@ import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,23 +179,24 @@ class HappyHorseTrainLora(io.ComfyNode):
             learning_rate, seed=seed, **({} if guided else {"negative": 0.0}),
         )  # fmt: skip
         name = _plain(name)
-        out = _free_file(name)
         dtype = DTYPES[weight_dtype] or default_compute_dtype()
-        job = LoraJob(
-            _clips(folder), out, Path(folder_paths.get_output_directory(), RUNS, name),
+        kept = Path(folder_paths.get_output_directory(), RUNS, name)
+        job = _replacing_nothing(LoraJob(
+            _clips(folder), _loras() / f"{name}.safetensors", kept,
             FilmShape.from_seconds(width, height, seconds), settings,
             negative_prompt(transformer.variant, transformer.config), batch_size, accumulation,
             None if resident < 0 else resident, save_every, "another name",
-        )  # fmt: skip
+        ))  # fmt: skip
         files_now = cls.fingerprint_inputs(folder, base, text_encoder, vae, audio_vae)
         made_of = json.dumps([job.told, accumulation, str(dtype), files_now])
         lines = ["trained"]
-        if there := _finished(job, made_of):
-            out, lines = there, ["trained before, of the same files and settings; another seed makes another"]
+        if out := _finished(job, made_of):
+            lines = ["trained before, of the same files and settings; another seed makes another"]
         else:
             with torch.inference_mode(False), torch.enable_grad():
                 _train(job, checkpoints, dtype)
             _finish(job, made_of)
+            out = job.out
         plot = _picture(job.folder / "loss.png")
         written = out.relative_to(_loras()).as_posix()
         patched = ExecutionBlocker(UNCONNECTED)
@@ -307,13 +309,13 @@ def _loras() -> Path:
     return Path(folder_paths.get_folder_paths("loras")[0])
 
 
-def _free_file(name: str) -> Path:
-    """The file of a new LoRA: NAME, NAME_00002, ... of which none is replaced."""
-    path, number = _loras() / f"{name}.safetensors", 1
-    while path.exists():
+def _replacing_nothing(job: "LoraJob") -> "LoraJob":
+    """The same for the first of NAME, NAME_00002, ... whose files are not there yet."""
+    first, number = job.out, 1
+    while job.out.exists() or job.replaced:
         number += 1
-        path = _loras() / f"{name}_{number:05}.safetensors"
-    return path
+        job = replace(job, out=first.with_stem(f"{first.stem}_{number:05}"))
+    return job
 
 
 def _plain(name: str) -> str:

@@ -23,6 +23,7 @@ from happyhorse.model.lora import Strengths, match, patches, transformer_shapes
 from happyhorse.model.lora_formats import open_lora
 from happyhorse.training import loop
 from happyhorse.training.clips import ClipData
+from happyhorse.training.loop import CHECKPOINT
 from happyhorse.training.lora import LoraStage
 
 SIZE, SECONDS = (32, 32), 0.36
@@ -159,6 +160,24 @@ def test_the_lora_is_also_written_as_it_is_on_the_way(
     assert all(torch.equal(found[-1][name], expected[name]) for name in expected)
     assert all(part.keys() == expected.keys() for part in found)
     assert any(not torch.equal(found[0][name], found[1][name]) for name in expected)
+
+
+def test_versions_of_another_run_are_not_replaced_unasked(
+    clips: Path, pony_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out, version = tmp_path / "a.safetensors", tmp_path / "a-000001.safetensors"
+    version.write_text("precious")
+    assert run(clips, out, pony_folder, "--save-every", "1") == 2
+    assert f"{version} exists; give another name, or --overwrite to replace it" in capsys.readouterr().err
+    assert version.read_text() == "precious" and not out.exists()
+    monkeypatch.setattr(train_cli, "_train", lambda *_: "trained")
+    assert run(clips, out, pony_folder, "--save-every", "1", "--overwrite") == 0
+    assert run(clips, out, pony_folder) == 0  # which writes none
+    folder = out.with_suffix(".run")
+    folder.mkdir(exist_ok=True)
+    (folder / CHECKPOINT).touch()
+    assert run(clips, out, pony_folder, "--save-every", "1") == 0  # they are its own
 
 
 def test_a_run_whose_log_was_deleted_when_it_was_done_is_still_written(

@@ -26,7 +26,7 @@ from ..sampler.noise import NoiseFunction, normal_like
 from ..sampler.parts import compile_layers
 from ..sampler.schedule import SHIFT, flow_sigmas
 from ..sampler.stages import denoise_function
-from .flow import Data, FlowNetworks, Held, LossWeights, accumulated, draw_held, flow_loss, sample_sigmas
+from .flow import Data, FlowNetworks, Held, accumulated, draw_held, flow_loss, sample_sigmas
 from .generators import checksum, generator
 from .optim import Ema
 
@@ -201,7 +201,7 @@ class Dmd2Stage:
             task = self._task(index, draw)
             film, figures = self._film(task, draw)
         sigma, noise = self._noise(film, draw)
-        loss, _ = flow_loss(self.fake_module, film, task.text, sigma, noise, LossWeights(), task.held)
+        loss, _ = flow_loss(self.fake_module, film, task.text, sigma, noise, task.held)
         return loss, {"fake_loss": loss.item(), **figures}
 
     def _student_loss(self, index: int) -> tuple[Tensor, dict[str, float]]:

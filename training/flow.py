@@ -8,7 +8,7 @@ Letters: B batch, C channels, F latent frames, Y/X latent rows and columns, A au
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -65,15 +65,6 @@ class Held(NamedTuple):
         return masks.map(lambda mask: mask.to(latents.video.device))
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """How much each stream counts, and the first latent frame against the others."""
-
-    video: float = 1.0
-    audio: float = 1.0
-    first_frame: float = 1.0
-
-
 def sample_sigmas(batch: int, shift: float, generator: torch.Generator) -> Tensor:
     """Noise levels [B], float32, of the shifted schedule: shift u / (1 + (shift - 1) u) for uniform u.
 
@@ -89,15 +80,15 @@ def flow_loss(
     text: Tensor,
     sigma: Tensor,
     noise: Latents,
-    weights: LossWeights,
     held: Held | None = None,
     metric: Tensor | None = None,
+    first_frame: float = 1.0,
 ) -> tuple[Tensor, dict[str, float]]:
     """Mean squared error of the velocity at the noise levels `sigma` [B], without what is `held`.
 
-    Each stream's is the mean over what is not held; the figures are the weighted loss and these two, a stream
-    that is held in all films being left out. Errors of video latents are multiplied by `metric` [C, C] before
-    they are squared.
+    Each stream's is the mean over what is not held; the figures are their sum and these two, a stream that is
+    held in all films being left out. Errors of video latents are multiplied by `metric` [C, C] before they
+    are squared; the first latent frame counts `first_frame` times.
     """
     free = _free(clean, held)
     levels = free.map(lambda mask: mask * _along(sigma, mask))
@@ -107,10 +98,10 @@ def flow_loss(
     if metric is not None:
         video = torch.einsum("dc,bcfyx->bdfyx", metric, video)
     video, audio = video.square(), audio.square()
-    free.video[:, :, 0] *= weights.first_frame
+    free.video[:, :, 0] *= first_frame
     video = _weighted_mean(video.mean(dim=(1, 3, 4), keepdim=True), free.video)
     audio = _weighted_mean(audio.mean(dim=2, keepdim=True), free.audio)
-    loss = weights.video * video + weights.audio * audio
+    loss = video + audio
     found = {"video_loss": (video, free.video), "audio_loss": (audio, free.audio)}
     figures = {name: value.item() for name, (value, mask) in found.items() if mask.any()}
     return loss, {"loss": loss.item(), **figures}
@@ -175,7 +166,7 @@ class FlowSettings:
 
     `image` and `audio` are the shares of films with a held image or sound, `negative` that of batches whose
     text is the negative prompt. A held image is the first latent frame, most often, or up to `beginning` of
-    them.
+    them; where it is not held, its error counts `first_frame` times.
     """
 
     steps: int
@@ -189,7 +180,7 @@ class FlowSettings:
     beginning: int = 1
     audio: float = 0.12
     negative: float = 0.1
-    weights: LossWeights = field(default_factory=LossWeights)
+    first_frame: float = 1.0
 
 
 class FlowStage:
@@ -278,7 +269,7 @@ class Drawn(Holding, Protocol):
     seed: int
     shift: float
     negative: float
-    weights: LossWeights
+    first_frame: float
 
 
 def draw_held(films: int, settings: Holding, draw: torch.Generator) -> Held:
@@ -303,7 +294,7 @@ def drawn_loss(
     if torch.rand(1, generator=draw).item() < settings.negative:
         text = negative.expand(films, *negative.shape[1:])
     noise = normal_like(clean, draw)
-    return flow_loss(velocity_fn, clean, text, sigma, noise, settings.weights, held)
+    return flow_loss(velocity_fn, clean, text, sigma, noise, held, first_frame=settings.first_frame)
 
 
 def accumulated(

@@ -30,7 +30,7 @@ from ..model.stream_writer import DTYPE_NAMES, SafetensorsWriter
 from ..model.transformer import JointTransformer
 from ..sampler.placement import LayerStream
 from ..sampler.schedule import SHIFT
-from .flow import Data, FlowNetworks, LossWeights, accumulated, drawn_loss
+from .flow import Data, FlowNetworks, accumulated, drawn_loss
 from .generators import generator
 from .optim import Ema, decayed, scale_rates
 
@@ -62,7 +62,7 @@ class LoraSettings:
     image: ClassVar[float] = 0.15
     beginning: ClassVar[int] = 1
     audio: ClassVar[float] = 0.12
-    weights: ClassVar[LossWeights] = LossWeights()
+    first_frame: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "rank"):

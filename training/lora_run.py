@@ -1,6 +1,7 @@
 """A LoRA from a folder of clips, as the command line and the node make it."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,14 @@ class LoraJob:
     resident: int | None = None
     save_every: int = 0
     elsewhere: str = "another folder"
+
+    @property
+    def replaced(self) -> list[Path]:
+        """Versions that another run of this name wrote on the way, and this one would replace."""
+        if not self.save_every or (self.folder / CHECKPOINT).exists():
+            return []
+        names = re.compile(rf"{re.escape(self.out.stem)}-\d{{6,}}{re.escape(self.out.suffix)}")
+        return sorted(path for path in self.out.parent.glob("*") if names.fullmatch(path.name))
 
     @property
     def told(self) -> dict[str, Any]:

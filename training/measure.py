@@ -4,9 +4,11 @@ Every figure stands beside its ceiling: the same figure of true films that went 
 VAE.
 """
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,7 +36,7 @@ from .data.clip import SIZE, make_clip
 from .data.judge import judge_bounce, sync_f1
 from .data.pool import to_video
 from .data.sound import SAMPLE_RATE
-from .data.world import body, caption, heads_in_hats, held_out
+from .data.world import Head, body, caption, heads_in_hats, held_out
 from .evaluate import (
     COUNT,
     JUDGES,
@@ -96,37 +98,45 @@ def measure_all(
 ) -> None:
     """Measure a folder of models in all ways, and a LoRA of hats, made from the first `lora_clips`.
 
-    Each way has a folder of its own in `folder`; "summary" as .json and .md has the figures of all.
+    Each way has a folder of its own in `folder`; "summary" as .json and .md has the figures of all, which are
+    not measured again.
     """
     parts, changed, enlarging = (
         open_models(models, "distill", device, **more) for more in ({}, {"lora": lora}, {"sr": "540p"})
     )
-    found: dict[str, Figures] = {}
-
-    def add(name: str, figures: Figures) -> None:
-        found.setdefault(name, {}).update(figures)
-        write_summary(folder / "summary.json", found)
-
     folder.mkdir(parents=True, exist_ok=True)
+    summary = folder / "summary.json"
+    found: dict[str, Figures] = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+
+    def once(name: str, what: Callable[[], Figures], unless: str | None = None) -> None:
+        if name not in found or (unless and unless not in found[name]):
+            found.setdefault(name, {}).update(what())
+            write_summary(summary, found)
+
+    ceilings = {"turbo": "ceiling", "wan": "ceiling, Wan2.2 decoder"}
     with (
         parts.use("video_vae") as (vae, _),
         parts.use("audio_vae") as (audio_vae, _),
-        parts.use("video_decoder") as (decoder, _),
+        parts.use("video_decoder") as (fast, _),
     ):
-        fast = ceiling(vae, audio_vae, folder / "ceiling", count, size, decoder)
-        own = ceiling(vae, audio_vae, folder / "ceiling, Wan2.2 decoder", count, size)
-    ceilings = {"turbo": fast, "wan": own}
-    add("ceiling", fast)
-    add("ceiling, Wan2.2 decoder", own)
-    for name, way in WAYS.items():
-        add(name, measure(models, way, folder / name, device, count, size, ceilings[way.decoder]))
-    add("LoRA", measure(models, Way(), folder / "LoRA", device, count, size, fast, lora))
+        for kind, name in ceilings.items():
+            decoder = fast if kind == "turbo" else None
+            once(name, partial(ceiling, vae, audio_vae, folder / name, count, size, decoder))
+    for name, way in {**WAYS, "LoRA": Way()}.items():
+        limits, given = found[ceilings[way.decoder]], lora if name == "LoRA" else None
+        once(name, partial(measure, models, way, folder / name, device, count, size, limits, given))
     wanted = heads_in_hats()[lora_clips:][:LORA_FILMS]
     for name, used in (("LoRA", changed), ("distill", parts)):
-        prompts = prompts_for(wanted, "head", folder / name, size)
-        figures = judge_films(films_by(used), prompts, "head", NEW_THING, folder / name)
-        add(name, {NEW_THING: {"head": figures}})
-    add("super-resolution", {"large": super_resolution_gain(enlarging, min(count, ENLARGED), size)})
+        once(name, partial(_new_thing, used, wanted, folder / name, size), unless=NEW_THING)
+    once(
+        "super-resolution",
+        lambda: {"large": super_resolution_gain(enlarging, min(count, ENLARGED), size)},
+    )
+
+
+def _new_thing(parts: Parts, wanted: Sequence[Head], folder: Path, size: tuple[int, int]) -> Figures:
+    prompts = prompts_for(wanted, "head", folder, size)
+    return {NEW_THING: {"head": judge_films(films_by(parts), prompts, "head", NEW_THING, folder)}}
 
 
 def measure(

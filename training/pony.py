@@ -32,7 +32,7 @@ from .data.pool import Progress, VideoPool, training_clip_attributes
 from .data.world import heads_in_hats
 from .dmd2 import Dmd2Settings, Dmd2Stage
 from .evaluate import film_path, prompts_for
-from .flow import FlowSettings, FlowStage, LossWeights, initialise
+from .flow import FlowSettings, FlowStage, initialise
 from .generators import checksum, generator
 from .loop import Stage, progress_bar, train
 from .lora import LoraSettings
@@ -293,7 +293,7 @@ def train_base(recipe: Recipe) -> None:
         image=IMAGE,
         beginning=BEGINNING,
         audio=SOUND,
-        weights=LossWeights(first_frame=2.0),
+        first_frame=2.0,
     )
     later = replace(first, muon_lr=0.01, adam_lr=1.3e-3, ema=0.99)
     going_on = replace(later, steps=steps["continuation"], seed=recipe.seed + 1, shift=20.0, image=0.8)
@@ -389,14 +389,17 @@ def train_new_thing(recipe: Recipe) -> None:
 
 
 def measure_films(recipe: Recipe) -> None:
-    """Films of held-out prompts, judged; reports and contact sheets in the runs' folder "measured"."""
-    recipe.require(*(name for name in pony.FILES if name != "1080p_sr"))
+    """Films of held-out prompts, judged; reports and contact sheets in the runs, by the parts' checksums."""
+    parts = [name for name in pony.FILES if name != "1080p_sr"]
+    recipe.require(*parts)
     if not recipe.lora.exists():
         raise FileNotFoundError(
             f"the LoRA of these parts, {recipe.lora}, is missing; run `happyhorse train pony lora` first"
         )
     device = torch.device(recipe.device)
-    measure_all(recipe.out, recipe.runs / "measured", device, recipe.lora, recipe.lora_clips[0])
+    told = repr([*recipe.checksums(*parts).values(), recipe.lora.parent.name])
+    folder = recipe.runs / f"measured-{zlib.crc32(told.encode()):08x}"
+    measure_all(recipe.out, folder, device, recipe.lora, recipe.lora_clips[0])
 
 
 STAGES: dict[str, Callable[[Recipe], None]] = {

@@ -7,7 +7,7 @@ distributions, arXiv:2209.03003): along them large = x - sigma velocity, which i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from ..sampler.noise import normal_like
 from ..sampler.schedule import SHIFT
 from ..sampler.super_resolution import prepare
 from .dmd2 import negative_checksum, text_states
-from .flow import FlowStage, Held, LossWeights, VelocityFunction, flow_loss, sample_sigmas
+from .flow import FlowStage, Held, VelocityFunction, flow_loss, sample_sigmas
 from .generators import checksum, generator
 from .world_data import WorldData
 
@@ -112,7 +112,6 @@ class SuperResolutionSettings:
     negative: float = 0.1
     rough_noise: float = 0.1
     rough_blur: float = 0.3
-    weights: LossWeights = field(default_factory=LossWeights)
 
 
 class SuperResolutionStage(FlowStage):
@@ -185,7 +184,7 @@ def drawn_pair_loss(
     start = prepare(small, normal_like(Latents(large, small.audio), draw), *large.shape[-2:])
     held = Held(first_frame.long(), torch.ones_like(first_frame))
     clean = Latents(large, start.audio)
-    return flow_loss(velocity_fn, clean, text, sigma, start, settings.weights, held, metric)
+    return flow_loss(velocity_fn, clean, text, sigma, start, held, metric)
 
 
 def roughened(video: Tensor, settings: SuperResolutionSettings, draw: torch.Generator) -> Tensor:

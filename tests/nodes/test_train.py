@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.sd
 import folder_paths
 import pytest
 import torch
@@ -92,6 +93,9 @@ def test_it_trains_where_the_host_infers_and_its_model_is_the_loaded_lora(
     assert not any(torch.equal(a, b) for a, b in zip(made, plain, strict=True))
     loaded = film(load_lora(model, written, Strengths())[0])
     assert all(torch.equal(a, b) for a, b in zip(made, loaded, strict=True))
+    stock = film(comfy.sd.load_lora_for_models(model, None, load_file(written), 1.0, 0)[0])
+    for a, b, without in zip(made, stock, plain, strict=True):
+        assert (a - b).norm() < 1e-2 * (a - without).norm()
     assert not (home / "output" / train.RUNS / "mine" / "checkpoint.pt").exists()
 
 
@@ -119,6 +123,17 @@ def test_no_file_is_replaced_and_no_model_is_made_up(home: Path) -> None:
     kept = (home / "loras" / "style" / "mine.safetensors").read_bytes()
     assert run(name="style/mine", seed=1)[2] == "style/mine_00002.safetensors"
     assert (home / "loras" / "style" / "mine.safetensors").read_bytes() == kept
+
+
+def test_versions_of_another_run_are_not_replaced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "loras").mkdir()
+    (home / "loras" / "mine-000500.safetensors").write_text("precious")
+    jobs = []
+    monkeypatch.setattr(train, "_train", lambda job, *_: jobs.append(job))
+    monkeypatch.setattr(train, "_finish", lambda *_: None)
+    for every in (0, 500):
+        run(save_every=every)
+    assert [job.out.name for job in jobs] == ["mine.safetensors", "mine_00002.safetensors"]
 
 
 def test_a_finished_run_is_loaded_and_not_trained_again(

@@ -21,7 +21,6 @@ from happyhorse.training.flow import (
     FlowSettings,
     FlowStage,
     Held,
-    LossWeights,
     draw_held,
     drawn_loss,
     flow_loss,
@@ -84,7 +83,7 @@ def test_the_exact_velocity_costs_nothing() -> None:
     clean, noise = random_latents(draw), random_latents(draw)
     velocity = noise.map(torch.sub, clean)
     sigma = torch.tensor([0.3, 0.9])
-    loss, figures = flow_loss(lambda *_: velocity, clean, torch.zeros(2, 5, 12), sigma, noise, LossWeights())
+    loss, figures = flow_loss(lambda *_: velocity, clean, torch.zeros(2, 5, 12), sigma, noise)
     assert loss == 0 and set(figures) == {"loss", "video_loss", "audio_loss"}
 
 
@@ -94,8 +93,7 @@ def test_noisy_latents_are_those_of_the_sampler_with_its_held_parts() -> None:
     held = Held(frames=torch.tensor([1, 0]), audio=torch.tensor([False, True]))
     seen = []
     flow_loss(
-        lambda noisy, _: seen.append(noisy) or noisy, clean, torch.zeros(2, 5, 12), sigma, noise,
-        LossWeights(), held,
+        lambda noisy, _: seen.append(noisy) or noisy, clean, torch.zeros(2, 5, 12), sigma, noise, held,
     )  # fmt: skip
     for film, conditions in enumerate(
         (Conditions(first_frame=clean.video[:1, :, :1]), Conditions(audio=clean.audio[1:]))
@@ -113,8 +111,8 @@ def test_longer_beginnings_are_held_whole() -> None:
     velocity = noise.map(lambda e, x, error: e - x + error, clean, errors)
     held = Held(frames=torch.tensor([2, 1]), audio=torch.tensor([True, True]))
     _, figures = flow_loss(
-        lambda noisy, _: seen.append(noisy.video) or velocity, clean, torch.zeros(2, 5, 12), sigma, noise,
-        LossWeights(), held,
+        lambda noisy, _: seen.append(noisy.video) or velocity,
+        clean, torch.zeros(2, 5, 12), sigma, noise, held,
     )  # fmt: skip
     assert torch.equal(seen[0][0, :, :2], clean.video[0, :, :2])
     assert torch.equal(seen[0][1, :, :1], clean.video[1, :, :1])
@@ -141,20 +139,21 @@ def test_what_is_held_has_no_loss_and_the_first_frame_its_own_weight() -> None:
     errors = random_latents(draw)
     velocity = noise.map(lambda e, x, error: e - x + error, clean, errors)
 
-    def figures(weights: LossWeights, held: Held | None = None) -> dict[str, float]:
-        return flow_loss(lambda *_: velocity, clean, torch.zeros(2, 5, 12), sigma, noise, weights, held)[1]
+    def figures(held: Held | None = None, first_frame: float = 1.0) -> dict[str, float]:
+        text = torch.zeros(2, 5, 12)
+        return flow_loss(lambda *_: velocity, clean, text, sigma, noise, held, first_frame=first_frame)[1]
 
     yes, no = torch.tensor([True, True]), torch.tensor([False, False])
     square = errors.video.square()
-    held = figures(LossWeights(), Held(yes, no))
+    held = figures(Held(yes, no))
     assert held["video_loss"] == pytest.approx(square[:, :, 1:].mean().item(), rel=1e-5)
     assert held["audio_loss"] == pytest.approx(errors.audio.square().mean().item(), rel=1e-5)
-    silent = figures(LossWeights(), Held(no, yes))
+    silent = figures(Held(no, yes))
     assert silent.keys() == {"loss", "video_loss"} and silent["loss"] == silent["video_loss"]
-    weighted = figures(LossWeights(video=2.0, audio=0.5, first_frame=4.0))
+    weighted = figures(first_frame=4.0)
     frames = square.mean(dim=(0, 1, 3, 4))
     assert weighted["video_loss"] == pytest.approx((frames @ torch.tensor([4.0, 1, 1]) / 6).item(), rel=1e-5)
-    assert weighted["loss"] == pytest.approx(2 * weighted["video_loss"] + 0.5 * weighted["audio_loss"], 1e-5)
+    assert weighted["loss"] == pytest.approx(weighted["video_loss"] + weighted["audio_loss"], 1e-5)
 
 
 def test_a_metric_weighs_the_channels_of_the_error() -> None:
@@ -163,9 +162,7 @@ def test_a_metric_weighs_the_channels_of_the_error() -> None:
     velocity, sigma = noise.map(lambda e, x, error: e - x + error, clean, errors), torch.tensor([0.5, 0.5])
 
     def video_loss(metric: Tensor | None) -> float:
-        figures = flow_loss(
-            lambda *_: velocity, clean, torch.zeros(2, 5, 12), sigma, noise, LossWeights(), metric=metric
-        )[1]
+        figures = flow_loss(lambda *_: velocity, clean, torch.zeros(2, 5, 12), sigma, noise, metric=metric)[1]
         return figures["video_loss"]
 
     scales = torch.arange(1.0, 1.0 + errors.video.shape[1])
@@ -199,7 +196,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
     )
 
     def loss() -> Tensor:
-        return flow_loss(network, clean, text, torch.tensor([0.4, 0.8]), noise, LossWeights())[0]
+        return flow_loss(network, clean, text, torch.tensor([0.4, 0.8]), noise)[0]
 
     (slope,) = torch.autograd.grad(loss(), weight)
     direction = torch.randn(weight.shape, generator=draw).to(weight)

@@ -51,6 +51,19 @@ def test_stages_are_asked_for_on_the_command_line(
     assert ran == [("--compile" in asked, *names)]
 
 
+def test_an_interrupted_recipe_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recipe, "run", interrupted)
+    assert (
+        cli.main(["train", "pony", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 130
+    )
+    assert f"run the same command to go on ({tmp_path / 'runs'})" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("asked", "fast", "want"),
     [
@@ -94,12 +107,21 @@ def test_the_trained_pony_is_measured(recipe: Recipe, monkeypatch: pytest.Monkey
     monkeypatch.setattr(pony_recipe, "measure_all", functools.partial(measure_all, count=1, size=(32, 32)))
     monkeypatch.setattr(measure, "LORA_FILMS", 1)
     recipe.run(["measure"])
-    folder = recipe.runs / "measured"
+    (folder,) = recipe.runs.glob("measured-*")
     for way in (*measure.WAYS, "LoRA"):
         assert {"figures.json", "figures.md", "films.png"} <= {path.name for path in (folder / way).iterdir()}
     found = json.loads((folder / "summary.json").read_text())
     assert {*measure.WAYS, "LoRA", "super-resolution", "ceiling"} <= set(found)
     assert all("hat" in found[way]["new thing"]["head"] for way in ("LoRA", "distill"))
+    del found["2 steps"], found["distill"]["new thing"]
+    (folder / "summary.json").write_text(json.dumps(found))
+    made = []
+    make_films = measure.films_by
+    monkeypatch.setattr(
+        measure, "films_by", lambda parts, steps=None: made.append(steps) or make_films(parts, steps)
+    )
+    recipe.run(["measure"])
+    assert made == [2, None]  # what is missing
 
 
 def test_the_new_thing_is_learnt_from_clips_of_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

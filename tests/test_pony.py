@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from happyhorse import cli, pony
 from happyhorse.model.config import VARIANTS
 from happyhorse.pony import FILES, FOLDER, build, write_part
+from happyhorse.training.evaluate import evaluate
+from happyhorse.training.measure import films_by, open_models
+from happyhorse.training.pony import Recipe
 
 
 @pytest.mark.parametrize("name", ["distill", "video_vae"])
@@ -30,9 +33,24 @@ def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path) -> None:
     assert not list((tmp_path / "audio_vae").iterdir())
 
 
+def test_the_shipped_parts_were_trained_together(tmp_path: Path) -> None:
+    Recipe(tmp_path).require(*(name for name in FILES if name != "1080p_sr"))
+
+
 def test_all_parts_have_no_more_than_24_megabytes() -> None:
     files = [path for path in FOLDER.rglob("*.safetensors") if path != FOLDER / FILES["1080p_sr"]]
     assert len(files) == len(FILES) - 1 and sum(path.stat().st_size for path in files) < 24e6
+
+
+@pytest.mark.parametrize("variant", ["base", "distill"])
+def test_the_shipped_parts_make_the_films_that_are_asked_for(
+    variant: str, pony_folder: Path, tmp_path: Path
+) -> None:
+    make_film = films_by(open_models(pony_folder, variant, torch.device("cpu")))
+    found = evaluate(make_film, tmp_path, 2, ["text"])["text"]
+    looks = {"bounce": ("colour", "background", "pitch"), "head": ("hair", "shirt", "background", "voice")}
+    assert {found[world][name] for world, names in looks.items() for name in names} == {1.0}
+    assert found["bounce"]["sync"] > 0.65 and found["head"]["mouth"] > 0.4
 
 
 def test_every_process_finds_the_same_copy() -> None:

@@ -48,7 +48,7 @@ bench: $(VENV)/.ready-test $(COMFYUI:%=$(HOST)/.ready)
 
 # Trains the built-in miniature again, in ten core-hours, more without a C++ compiler; goes on where it was stopped.
 pony: $(VENV)/.ready-test
-	$(BIN)/happyhorse train pony $(if $(shell command -v c++ 2>/dev/null),--compile)
+	$(BIN)/happyhorse train pony $(if $(shell command -v "$${CXX:-g++}" 2>/dev/null),--compile)
 
 soak: $(VENV)/.ready-test $(COMFYUI:%=$(HOST)/.ready)
 	$(BIN)/python benchmarks/soak.py

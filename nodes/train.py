@@ -310,8 +310,10 @@ def _loras() -> Path:
 
 
 def _replacing_nothing(job: "LoraJob") -> "LoraJob":
-    """The same for the first of NAME, NAME_00002, ... whose files are not there yet."""
+    """The same for the file that its run was begun for, or the first free one of NAME, NAME_00002, ..."""
     first, number = job.out, 1
+    if job.begun_as and job.begun_as.parent == first.resolve().parent and not job.begun_as.exists():
+        return replace(job, out=first.with_name(job.begun_as.name))
     while job.out.exists() or job.replaced:
         number += 1
         job = replace(job, out=first.with_stem(f"{first.stem}_{number:05}"))

@@ -15,7 +15,7 @@ from happyhorse.model.config import VARIANTS
 from happyhorse.pony import FILES, FOLDER, build, write_part
 from happyhorse.training.evaluate import evaluate
 from happyhorse.training.measure import films_by, open_models
-from happyhorse.training.pony import Recipe
+from happyhorse.training.pony import Recipe, made_with
 
 
 @pytest.mark.parametrize("name", ["distill", "video_vae"])
@@ -34,7 +34,9 @@ def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path) -> None:
 
 
 def test_the_shipped_parts_were_trained_together(tmp_path: Path) -> None:
-    Recipe(tmp_path).require(*(name for name in FILES if name != "1080p_sr"))
+    recipe, names = Recipe(tmp_path), [name for name in FILES if name != "1080p_sr"]
+    recipe.require(*names)
+    assert all(made_with(recipe.file(name)) for name in names if name != "audio_vae")
 
 
 def test_all_parts_have_no_more_than_24_megabytes() -> None:

@@ -23,8 +23,8 @@ from happyhorse.model.lora import Strengths, match, patches, transformer_shapes
 from happyhorse.model.lora_formats import open_lora
 from happyhorse.training import loop
 from happyhorse.training.clips import ClipData
-from happyhorse.training.loop import CHECKPOINT
 from happyhorse.training.lora import LoraStage
+from happyhorse.training.lora_run import UNFINISHED
 
 SIZE, SECONDS = (32, 32), 0.36
 SHORT = ("--size", "32x32", "--seconds", "0.36", "--steps", "3", "--rank", "2")
@@ -174,10 +174,13 @@ def test_versions_of_another_run_are_not_replaced_unasked(
     monkeypatch.setattr(train_cli, "_train", lambda *_: "trained")
     assert run(clips, out, pony_folder, "--save-every", "1", "--overwrite") == 0
     assert run(clips, out, pony_folder) == 0  # which writes none
+    assert run(clips, out, pony_folder, "--save-every", "2") == 0  # which is the end
     folder = out.with_suffix(".run")
     folder.mkdir(exist_ok=True)
-    (folder / CHECKPOINT).touch()
+    (folder / UNFINISHED).write_text(str(out.resolve()), encoding="utf-8")
     assert run(clips, out, pony_folder, "--save-every", "1") == 0  # they are its own
+    (folder / UNFINISHED).write_text(str(tmp_path / "b.safetensors"), encoding="utf-8")
+    assert run(clips, out, pony_folder, "--save-every", "1") == 2
 
 
 def test_a_run_whose_log_was_deleted_when_it_was_done_is_still_written(

@@ -1,7 +1,6 @@
 """A LoRA from a folder of clips, as the command line and the node make it."""
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +14,14 @@ from ..model.geometry import FilmShape
 from ..sampler.parts import Progress, default_vae_dtype
 from ..sampler.plan import Room, plan_film
 from .clips import ROLES, Encoders, file_identity, prepare_clips
+from .files import write_whole
 from .loop import CHECKPOINT, OnStep, alone_in, check_settings, train
 from .lora import LoraSettings, LoraStage, targets
 from .lora_memory import lora_stage_need, resident_layers
 
 log = logging.getLogger(__name__)
 TITLE = "LoRA"
+UNFINISHED = "unfinished.txt"  # in the folder of a run: the file that it makes
 TRAINABLE = ("base", "distill")
 
 
@@ -48,12 +49,22 @@ class LoraJob:
     elsewhere: str = "another folder"
 
     @property
+    def begun_as(self) -> Path | None:
+        """The file that the unfinished run in the folder was begun to make."""
+        path = self.folder / UNFINISHED
+        return Path(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @property
     def replaced(self) -> list[Path]:
-        """Versions that another run of this name wrote on the way, and this one would replace."""
-        if not self.save_every or (self.folder / CHECKPOINT).exists():
+        """Versions on the way that are there, of another run, and that this one would replace."""
+        if not self.save_every or self.begun_as == self.out.resolve():
             return []
-        names = re.compile(rf"{re.escape(self.out.stem)}-\d{{6,}}{re.escape(self.out.suffix)}")
-        return sorted(path for path in self.out.parent.glob("*") if names.fullmatch(path.name))
+        on_the_way = range(self.save_every, self.settings.steps, self.save_every)
+        return [path for done in on_the_way if (path := self.version(done)).exists()]
+
+    def version(self, done: int) -> Path:
+        """The file of the LoRA as it is after so many updates."""
+        return self.out.with_stem(f"{self.out.stem}-{done:06}")
 
     @property
     def told(self) -> dict[str, Any]:
@@ -159,8 +170,11 @@ def train_lora(job: LoraJob, stage: LoraStage, on_step: OnStep | None = None) ->
     """
 
     def after_step(done: int, steps: int, figures: dict[str, float]) -> None:
+        if job.begun_as != job.out.resolve():
+            text = str(job.out.resolve())
+            write_whole(job.folder / UNFINISHED, lambda path: path.write_text(text, "utf-8"), job.elsewhere)
         if job.save_every and done % job.save_every == 0 and done < steps:
-            stage.save(job.out.with_stem(f"{job.out.stem}-{done:06}"))
+            stage.save(job.version(done))
         if on_step:
             on_step(done, steps, figures)
 
@@ -168,5 +182,6 @@ def train_lora(job: LoraJob, stage: LoraStage, on_step: OnStep | None = None) ->
         stage, job.folder, job.settings.steps, on_step=after_step, title=TITLE, elsewhere=job.elsewhere
     )
     stage.save(job.out)
-    (job.folder / CHECKPOINT).unlink(missing_ok=True)
+    for name in (CHECKPOINT, UNFINISHED):
+        (job.folder / name).unlink(missing_ok=True)
     return figures

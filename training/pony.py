@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 
 import torch
 from accelerate import Accelerator
@@ -48,6 +50,7 @@ from .super_resolution import (
 from .video_vae import WHOLE, VideoDecoderStage, VideoVAEStage
 from .world_data import Encode, WorldData, encode_clips
 
+log = logging.getLogger(__name__)
 CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 3, "video_decoder": 13}  # of so many steps, each with falling learning rates
 STAGE_OF = {"text_encoder": "base", "540p_sr": "super_resolution", "codec": "video_vae"}  # called otherwise
@@ -101,10 +104,9 @@ class Recipe:
         with progress_bar(name) as on_step:
             train(stage, self.runs / folder, steps, on_step=on_step, title=name)
 
-    def write(self, name: str, module: nn.Module, *sources: str) -> None:
-        """Leave a trained part in the pack, with the checksums of what it was trained with."""
-        note = "trained on two procedural worlds: docs/pony.md"
-        pony.write_part(self.out, name, module, note, self.checksums(*sources))
+    def write(self, name: str, module: nn.Module, sources: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Leave a trained part in the pack, with the `checksums` of what it was trained with."""
+        pony.write_part(self.out, name, module, "trained on two procedural worlds: docs/pony.md", sources)
 
     def trained(self, name: str) -> nn.Module:
         """A part that an earlier stage has left, float32 on the CPU; stages move what they train."""
@@ -122,25 +124,32 @@ class Recipe:
     def require(self, *names: str) -> None:
         """Raise FileNotFoundError for the first of these parts that no stage has left yet.
 
-        Raises ValueError for one that was trained with another network than the one beside it. The codec is
-        looked at where it is among the names; else parts must have been trained with the same one.
+        Raises ValueError for one that was trained with another network than the one that is there. The codec
+        is looked at where it is among the names; else all must have been trained with the same one.
         """
         for name in names:
             if not self.file(name).exists():
-                stage = STAGE_OF.get(name, name)
+                elsewhere = "give the folder of runs that made the parts (--runs), or " * (name == "codec")
                 raise FileNotFoundError(
-                    f"{self.file(name)} is missing; run `happyhorse train pony {stage}` first"
+                    f"{self.file(name)} is missing; {elsewhere}run `happyhorse train pony "
+                    f"{STAGE_OF.get(name, name)}` first"
                 )
-        now = self.checksums("codec") if "codec" in names else {}
+        codec_of: tuple[str, Path] | None = None
+        if "codec" in names:
+            codec_of = self.checksums("codec")["codec"], self.file("codec")
         for name in names:
             for source, told in made_with(self.file(name)).items():
-                if source not in now:
-                    now |= {source: told} if source == "codec" else self.checksums(source)
-                if told != now[source]:
+                if source == "codec":
+                    now, file = codec_of = codec_of or (told, self.file(name))
+                elif self.file(source).exists():
+                    now, file = self.checksums(source)[source], self.file(source)
+                else:
+                    continue
+                if told != now:
                     raise ValueError(
-                        f"{self.file(name)} was trained with another {source.replace('_', ' ')} than "
-                        f"{self.file(source)}; give the folders that it was trained in (--runs, --out), or "
-                        f"run `happyhorse train pony {STAGE_OF.get(name, name)}` again"
+                        f"{self.file(name)} was trained with another {source.replace('_', ' ')} than that of "
+                        f"{file}; give the folders that it was trained in (--runs, --out), or run "
+                        f"`happyhorse train pony {STAGE_OF.get(name, name)}` again"
                     )
 
     @cached_property
@@ -255,12 +264,15 @@ def train_video_vae(recipe: Recipe) -> None:
     stage = VideoVAEStage(
         PONY.video_vae, recipe.codec, recipe.pool, recipe.steps["video_vae"], recipe.seed, recipe.device
     )
+    sources = recipe.checksums("codec")
     recipe.train("video_vae", stage)
-    recipe.write("video_vae", stage.trained(), "codec")
+    recipe.write("video_vae", stage.trained(), sources)
 
 
 def train_video_decoder(recipe: Recipe) -> None:
     """The light decoder, on the same latents."""
+    recipe.require("codec")
+    sources = recipe.checksums("codec")
     stage = VideoDecoderStage(
         PONY.video_decoder,
         recipe.codec,
@@ -272,7 +284,7 @@ def train_video_decoder(recipe: Recipe) -> None:
         recipe.compiled,
     )
     recipe.train("video_decoder", stage)
-    recipe.write("video_decoder", stage.trained(), "codec")
+    recipe.write("video_decoder", stage.trained(), sources)
 
 
 def train_base(recipe: Recipe) -> None:
@@ -281,7 +293,8 @@ def train_base(recipe: Recipe) -> None:
     How a film goes on from a given beginning shows at high noise, where the second phase is spent; the third
     is for what that did to low noise.
     """
-    recipe.require("audio_vae")
+    recipe.require("audio_vae", "codec")
+    sources = recipe.checksums(*OF_LATENTS)
     transformer = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.dtype)
     text_encoder = pony.build("text_encoder")
     initialise(transformer, recipe.seed)
@@ -306,13 +319,14 @@ def train_base(recipe: Recipe) -> None:
         recipe.train(name, stage, start)
         stage.ema.copy_to(stage.networks)
         start = checksum(*stage.networks.parameters())
-    recipe.write("base", transformer, *OF_LATENTS)
-    recipe.write("text_encoder", text_encoder, "base")
+    recipe.write("base", transformer, sources)
+    recipe.write("text_encoder", text_encoder, recipe.checksums("base"))
 
 
 def train_distill(recipe: Recipe) -> None:
     """The few-step student of the base, by DMD-2."""
     recipe.require("audio_vae", "base", "text_encoder", "codec")
+    sources = recipe.checksums(*OF_LATENTS, "base", "text_encoder")
     base = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.dtype)
     base.load_state_dict(recipe.trained("base").state_dict())
     stage = Dmd2Stage(
@@ -325,7 +339,7 @@ def train_distill(recipe: Recipe) -> None:
         recipe.compiled,
     )
     recipe.train("distill", stage)
-    recipe.write("distill", stage.trained(), *OF_LATENTS, "base", "text_encoder")
+    recipe.write("distill", stage.trained(), sources)
 
 
 def train_super_resolution(recipe: Recipe) -> None:
@@ -335,6 +349,7 @@ def train_super_resolution(recipe: Recipe) -> None:
     went through the VAE, as films that users give.
     """
     recipe.require("audio_vae", "video_vae", "text_encoder", "codec")
+    sources = recipe.checksums(*OF_LATENTS, "video_vae", "text_encoder")
     transformer = JointTransformer(PONY.transformers["540p_sr"], compute_dtype=recipe.dtype)
     initialise(transformer, recipe.seed)
     small, large = recipe.data(recipe.batch // 4), recipe.large_latents()
@@ -354,7 +369,7 @@ def train_super_resolution(recipe: Recipe) -> None:
     )
     recipe.train("super_resolution", stage)
     stage.ema.copy_to(stage.networks)
-    recipe.write("540p_sr", transformer, *OF_LATENTS, "video_vae", "text_encoder")
+    recipe.write("540p_sr", transformer, sources)
 
 
 def train_new_thing(recipe: Recipe) -> None:
@@ -397,8 +412,9 @@ def measure_films(recipe: Recipe) -> None:
             f"the LoRA of these parts, {recipe.lora}, is missing; run `happyhorse train pony lora` first"
         )
     device = torch.device(recipe.device)
-    told = repr([*recipe.checksums(*parts).values(), recipe.lora.parent.name])
+    told = repr([*recipe.checksums(*parts).values(), zlib.crc32(recipe.lora.read_bytes()), device.type])
     folder = recipe.runs / f"measured-{zlib.crc32(told.encode()):08x}"
+    log.info("figures, films and reports: %s; what is there is not measured again", folder)
     measure_all(recipe.out, folder, device, recipe.lora, recipe.lora_clips[0])
 
 

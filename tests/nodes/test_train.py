@@ -127,13 +127,26 @@ def test_no_file_is_replaced_and_no_model_is_made_up(home: Path) -> None:
 
 def test_versions_of_another_run_are_not_replaced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "loras").mkdir()
-    (home / "loras" / "mine-000500.safetensors").write_text("precious")
+    (home / "loras" / "mine-000001.safetensors").write_text("precious")
     jobs = []
-    monkeypatch.setattr(train, "_train", lambda job, *_: jobs.append(job))
-    monkeypatch.setattr(train, "_finish", lambda *_: None)
-    for every in (0, 500):
-        run(save_every=every)
-    assert [job.out.name for job in jobs] == ["mine.safetensors", "mine_00002.safetensors"]
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "_train", lambda job, *_: jobs.append(job))
+        patched.setattr(train, "_finish", lambda *_: None)
+        for every in (0, 3, 1):
+            run(save_every=every)
+    assert [job.out.name for job in jobs] == ["mine.safetensors"] * 2 + ["mine_00002.safetensors"]
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraStage, "save", lambda _, path: stop_at("-000002", path))
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(save_every=1)
+    assert run(save_every=1)[2] == "mine_00002.safetensors"  # it goes on under its name
+    assert (home / "loras" / "mine-000001.safetensors").read_text() == "precious"
+    assert not (home / "loras" / "mine.safetensors").exists()
+
+
+def stop_at(version: str, path: Path) -> None:
+    if version in path.name:
+        raise RuntimeError("stopped")
 
 
 def test_a_finished_run_is_loaded_and_not_trained_again(

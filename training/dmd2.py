@@ -35,16 +35,14 @@ from .optim import Ema
 class Dmd2Settings:
     """Settings of a run.
 
-    The student learns to make films in `sampling_steps`, on noise levels shifted by `shift`; the levels at
-    which its films are noised are shifted by `noise_shift`, less, since the finest things show at low noise
-    only. The fake has `fake_updates` for each of the student's. `video_guidance` and `audio_guidance` are the
-    base's. What is held is as in `FlowSettings`.
+    The student learns to make films in `sampling_steps`. Their levels and those at which its films are noised
+    are shifted by `shift`; at less noise it drops kinds of films. The fake has `fake_updates` for each of the
+    student's. `video_guidance` and `audio_guidance` are the base's. What is held is as in `FlowSettings`.
     """
 
     seed: int = 0
     sampling_steps: int = 8
     shift: float = SHIFT
-    noise_shift: float = 1.5
     student_lr: float = 2e-4
     fake_lr: float = 5e-4
     betas: tuple[float, float] = (0.0, 0.99)
@@ -232,7 +230,7 @@ class Dmd2Stage:
         return film, deviations(film, task.conditions) if step == self.settings.sampling_steps - 1 else {}
 
     def _noise(self, film: Latents, draw: torch.Generator) -> tuple[Tensor, Latents]:
-        sigma = sample_sigmas(len(film.video), self.settings.noise_shift, draw)
+        sigma = sample_sigmas(len(film.video), self.settings.shift, draw)
         return sigma.to(film.video.device), normal_like(film, draw)
 
     def _guided(self, noisy: Latents, text: Tensor) -> Latents:

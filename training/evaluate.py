@@ -123,10 +123,10 @@ def evaluate(
 ) -> Figures:
     """Make the films of `count` held-out prompts of each world and mode in `folder`, and judge them.
 
-    Attributes are shares of films that show them. "sync" is a mean F1, "mouth" a median correlation, and both
-    are also measured with the sounds of all other films. "kept" is the share of what is seen in an image (and
-    named by the prompt) that still is at the end, "first frame PSNR" is in dB, "course" the F1 of the bounces
-    and those of the render that the image is from.
+    Attributes are shares of films that show them, "pauses" that of heads who pause. "sync" is a mean F1,
+    "mouth" a median correlation, and both are also measured with the sounds of all other films. "kept" is the
+    share of what is seen in an image (and named by the prompt) that still is at the end, "first frame PSNR"
+    is in dB, "course" the F1 of the bounces and those of the render that the image is from.
     """
     folder.mkdir(parents=True, exist_ok=True)
     figures: Figures = {}
@@ -161,8 +161,10 @@ def _judge(prompt: Prompt, world: str, path: Path) -> tuple[dict[str, float], Ve
     verdict = JUDGES[world](frames, sound, FILM_RATE)
     row = compare(prompt.attributes, verdict)
     row = {name.replace("_", " "): row[name] for name in row if name not in ("sync_f1", "mouth_correlation")}
+    if isinstance(verdict, HeadVerdict):
+        row["pauses"] = float(verdict.pauses)
     if prompt.audio:  # it is the film's sound, whatever the networks do
-        row = {name: value for name, value in row.items() if name not in ("pitch", "voice")}
+        row = {name: value for name, value in row.items() if name not in ("pitch", "voice", "pauses")}
     if prompt.image:
         end = compare(prompt.attributes, JUDGES[world](frames[-LAST_FRAMES:], sound, FILM_RATE))
         row["kept"] = float(np.mean([end[name] for name in LOOKS[world]]))

@@ -59,7 +59,7 @@ SHOWN = 3  # prompts of each world on the contact sheet
 LORA_FILMS = 50  # of a new thing
 NEW_THING = "new thing"  # in the place of a mode
 OF_IMAGES = ("kept", "first frame PSNR")  # figures that only films of a given image have
-OF_SOUNDS = ("pitch", "voice", "sync", "mouth")
+OF_SOUNDS = ("pitch", "voice", "pauses", "sync", "mouth")
 ENLARGED = 20  # films of each world that super-resolution is measured by
 QUANTIZED = ("transformer", "text_encoder")  # roles that weights in fewer bits are for
 

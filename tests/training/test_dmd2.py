@@ -125,9 +125,9 @@ def test_the_teacher_is_guided_as_the_settings_say() -> None:
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_films_are_noised_at_levels_of_their_own_shift(shift: float) -> None:
-    trained = stage(Dmd2Settings(noise_shift=shift))
-    assert torch.equal(trained.sigmas, flow_sigmas(8))  # the sampler's stay as they are
+def test_films_are_noised_at_the_levels_of_the_sampler(shift: float) -> None:
+    trained = stage(Dmd2Settings(shift=shift))
+    assert torch.equal(trained.sigmas, flow_sigmas(8, shift))
     film = Latents(torch.zeros(1000, 1, 1, 1, 1), torch.zeros(1000, 1, 1))
     sigma, _ = trained._noise(film, generator(0, "levels"))
     assert sigma.median().item() == pytest.approx(shift / (1 + shift), abs=0.01)
@@ -174,7 +174,7 @@ def test_the_student_comes_to_make_what_its_teacher_was_trained_on() -> None:
         video_guidance=1.0, audio_guidance=1.0,
     )  # fmt: skip
     negative = torch.zeros(1, 2, 12)
-    base = fitted_line(mean, deviation, settings.noise_shift)
+    base = fitted_line(mean, deviation, settings.shift)
     trained = Dmd2Stage(base, Shapes(), negative, settings, Accelerator(cpu=True))
 
     def distance() -> float:

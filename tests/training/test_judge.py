@@ -146,6 +146,18 @@ def test_sync_counts_each_note_once_within_two_frames(
     assert sync_f1(bounces, onsets) == pytest.approx(score)
 
 
+@pytest.mark.parametrize(
+    ("silent", "pauses"), [(slice(0, 0), False), (slice(20, 24), False), (slice(20, 25), True)]
+)
+def test_a_pause_is_a_silence_of_five_frames(
+    silent: slice, pauses: bool, clips: dict[str, list[Clip]]
+) -> None:
+    clip, frame = clips["head"][0], SAMPLE_RATE // 25
+    sound = np.tile(np.sin(np.arange(frame) * 2 * np.pi * 10 / frame), (2, len(clip.frames)))
+    sound[:, silent.start * frame : silent.stop * frame] *= 0.05
+    assert judge.judge_head(clip.frames, sound, SAMPLE_RATE).pauses == pauses
+
+
 def test_missing_sound_is_silence() -> None:
     assert judge.frame_loudness(np.ones((2, 4096)), SAMPLE_RATE, 4).tolist() == [1, 1, 0, 0]
 

@@ -8,7 +8,7 @@ those of `render`, so any picture size will do.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -36,6 +36,7 @@ _COLUMN = 0.32  # half width of the column in which a shape bounces
 _CONTRAST = 30  # of 255: less is no shape
 _MOVED = 0.1  # shorter sides: less is no bouncing
 _SILENCE = 1e-3  # root mean square
+_QUIET, _PAUSE = 0.1, 5  # of the loudest frame; frames of a pause, at least
 _ABOVE_EYES = {**BACKGROUNDS, **HAIR, HAT: HAT_COLOR}  # what is seen where a hat would be
 _VIEW, _VIEW_POINTS = 0.30, 64  # half size and points per side of the window in which shapes are compared
 
@@ -57,7 +58,10 @@ class BounceVerdict:
 
 @dataclass(frozen=True, eq=False)
 class HeadVerdict:
-    """What a film of a head shows; `opening` [F] is the mouth's, about 0 to 1, `loudness` [F] the sound's."""
+    """What a film of a head shows; `opening` [F] is the mouth's, about 0 to 1, `loudness` [F] the sound's.
+
+    `pauses` says whether the voice is silent for some frames, as it is in a share of the true films.
+    """
 
     hair: str
     shirt: str
@@ -65,6 +69,7 @@ class HeadVerdict:
     voice: str
     speed: str
     hat: str
+    pauses: bool
     mouth_correlation: float
     opening: np.ndarray
     loudness: np.ndarray
@@ -113,6 +118,7 @@ def judge_head(frames: np.ndarray, sound: np.ndarray, sample_rate: int) -> HeadV
         voice=_voice(sound, sample_rate),
         speed=_speaking_speed(opening),
         hat=HAT if _nearest(_median(frames, crown), _ABOVE_EYES) == HAT else NO_HAT,
+        pauses=_longest(loudness < _QUIET * loudness.max()) >= _PAUSE,
         mouth_correlation=mouth_correlation(opening, loudness),
         opening=opening,
         loudness=loudness,
@@ -152,6 +158,11 @@ def frame_loudness(sound: np.ndarray, sample_rate: int, frames: int) -> np.ndarr
     edges = np.arange(frames + 1) * sample_rate // FPS
     mono = np.pad(mono, (0, max(0, edges[-1] - len(mono))))
     return np.sqrt([np.mean(mono[a:b] ** 2) for a, b in pairwise(edges)])
+
+
+def _longest(marked: np.ndarray) -> int:
+    """The length of the longest run of marked frames."""
+    return max((len(list(run)) for is_marked, run in groupby(marked) if is_marked), default=0)
 
 
 def _check(frames: np.ndarray, sound: np.ndarray) -> None:

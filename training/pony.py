@@ -54,7 +54,6 @@ log = logging.getLogger(__name__)
 CODEC = "codec.safetensors"
 ROUNDS = {"video_vae": 3, "video_decoder": 13}  # of so many steps, each with falling learning rates
 STAGE_OF = {"text_encoder": "base", "540p_sr": "super_resolution", "codec": "video_vae"}  # called otherwise
-OF_LATENTS = ("codec", "audio_vae")  # what encodes the clips of the transformers
 
 IMAGE, BEGINNING = 0.4, 6  # a bounce learns to go on from an image by way of longer beginnings
 SOUND = 0.35  # a mouth learns its sound where it is held: with .12 it hardly did in 3000 updates
@@ -121,8 +120,8 @@ class Recipe:
         """Those of the files of parts, or of the codec."""
         return {name: f"{zlib.crc32(self.file(name).read_bytes()):08x}" for name in names}
 
-    def require(self, *names: str) -> None:
-        """Raise FileNotFoundError for the first of these parts that no stage has left yet.
+    def require(self, *names: str) -> dict[str, str]:
+        """The `checksums` of what a stage needs; raises FileNotFoundError for the first that is missing.
 
         Raises ValueError for one that was trained with another network than the one that is there. The codec
         is looked at where it is among the names; else all must have been trained with the same one.
@@ -134,23 +133,22 @@ class Recipe:
                     f"{self.file(name)} is missing; {elsewhere}run `happyhorse train pony "
                     f"{STAGE_OF.get(name, name)}` first"
                 )
-        codec_of: tuple[str, Path] | None = None
-        if "codec" in names:
-            codec_of = self.checksums("codec")["codec"], self.file("codec")
+        there = {*names, *(part for part in pony.FILES if self.file(part).exists())}
+        now = {name: (found, self.file(name)) for name, found in self.checksums(*there).items()}
         for name in names:
             for source, told in made_with(self.file(name)).items():
-                if source == "codec":
-                    now, file = codec_of = codec_of or (told, self.file(name))
-                elif self.file(source).exists():
-                    now, file = self.checksums(source)[source], self.file(source)
-                else:
-                    continue
-                if told != now:
+                found, file = now.setdefault(source, (told, self.file(name)))
+                if told != found:
                     raise ValueError(
                         f"{self.file(name)} was trained with another {source.replace('_', ' ')} than that of "
                         f"{file}; give the folders that it was trained in (--runs, --out), or run "
                         f"`happyhorse train pony {STAGE_OF.get(name, name)}` again"
                     )
+        return {name: now[name][0] for name in names}
+
+    def folder(self, name: str, *told: object) -> Path:
+        """A folder in the runs, another one for anything else that is told."""
+        return self.runs / f"{name}-{zlib.crc32(repr(told).encode()):08x}"
 
     @cached_property
     def pool(self) -> VideoPool:
@@ -172,7 +170,7 @@ class Recipe:
     def data(self, films: int) -> WorldData:
         """Latents of training clips with their captions, so many films of a world in a batch."""
         encoders = {"video": self.codec.encode, "audio": self.trained("audio_vae").encode}
-        latents = self._encoded("latents", self.latent_clips, encoders, OF_LATENTS)
+        latents = self._encoded("latents", self.latent_clips, encoders, ("codec", "audio_vae"))
         self.__dict__.pop("pool", None)  # a gigabyte that is no longer needed
         return WorldData(latents, self.tokenizer, films, self.seed)
 
@@ -202,10 +200,9 @@ class Recipe:
     def lora(self) -> Path:
         """The LoRA of a new thing, made for the base as it is now by the settings of now."""
         parts = ("base", "text_encoder", "video_vae", "audio_vae")
-        self.require(*parts)
+        files = self.require(*parts).values()
         learnt = (self.steps["lora"], LORA_BATCH, LORA_RATE, LORA_PARTS, self.seed, self.dtype)
-        told = [*self.checksums(*parts).values(), self.lora_clips, *learnt]
-        return self.runs / f"lora-{zlib.crc32(repr(told).encode()):08x}" / "hat.safetensors"
+        return self.folder("lora", *files, self.lora_clips, *learnt) / "hat.safetensors"
 
     @property
     def accelerator(self) -> Accelerator:
@@ -271,8 +268,7 @@ def train_video_vae(recipe: Recipe) -> None:
 
 def train_video_decoder(recipe: Recipe) -> None:
     """The light decoder, on the same latents."""
-    recipe.require("codec")
-    sources = recipe.checksums("codec")
+    sources = recipe.require("codec")
     stage = VideoDecoderStage(
         PONY.video_decoder,
         recipe.codec,
@@ -293,8 +289,7 @@ def train_base(recipe: Recipe) -> None:
     How a film goes on from a given beginning shows at high noise, where the second phase is spent; the third
     is for what that did to low noise.
     """
-    recipe.require("audio_vae", "codec")
-    sources = recipe.checksums(*OF_LATENTS)
+    sources = recipe.require("audio_vae", "codec")
     transformer = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.dtype)
     text_encoder = pony.build("text_encoder")
     initialise(transformer, recipe.seed)
@@ -325,8 +320,7 @@ def train_base(recipe: Recipe) -> None:
 
 def train_distill(recipe: Recipe) -> None:
     """The few-step student of the base, by DMD-2."""
-    recipe.require("audio_vae", "base", "text_encoder", "codec")
-    sources = recipe.checksums(*OF_LATENTS, "base", "text_encoder")
+    sources = recipe.require("audio_vae", "base", "text_encoder", "codec")
     base = JointTransformer(PONY.transformers["base"], compute_dtype=recipe.dtype)
     base.load_state_dict(recipe.trained("base").state_dict())
     stage = Dmd2Stage(
@@ -348,8 +342,7 @@ def train_super_resolution(recipe: Recipe) -> None:
     Half of the small films are as the codec has them, and nearly as the transformers make them; the others
     went through the VAE, as films that users give.
     """
-    recipe.require("audio_vae", "video_vae", "text_encoder", "codec")
-    sources = recipe.checksums(*OF_LATENTS, "video_vae", "text_encoder")
+    sources = recipe.require("audio_vae", "video_vae", "text_encoder", "codec")
     transformer = JointTransformer(PONY.transformers["540p_sr"], compute_dtype=recipe.dtype)
     initialise(transformer, recipe.seed)
     small, large = recipe.data(recipe.batch // 4), recipe.large_latents()
@@ -405,15 +398,13 @@ def train_new_thing(recipe: Recipe) -> None:
 
 def measure_films(recipe: Recipe) -> None:
     """Films of held-out prompts, judged; reports and contact sheets in the runs, by the parts' checksums."""
-    parts = [name for name in pony.FILES if name != "1080p_sr"]
-    recipe.require(*parts)
+    files = recipe.require(*(name for name in pony.FILES if name != "1080p_sr")).values()
     if not recipe.lora.exists():
         raise FileNotFoundError(
             f"the LoRA of these parts, {recipe.lora}, is missing; run `happyhorse train pony lora` first"
         )
     device = torch.device(recipe.device)
-    told = repr([*recipe.checksums(*parts).values(), zlib.crc32(recipe.lora.read_bytes()), device.type])
-    folder = recipe.runs / f"measured-{zlib.crc32(told.encode()):08x}"
+    folder = recipe.folder("measured", *files, zlib.crc32(recipe.lora.read_bytes()), device.type)
     log.info("figures, films and reports: %s; what is there is not measured again", folder)
     measure_all(recipe.out, folder, device, recipe.lora, recipe.lora_clips[0])
 
